@@ -1,0 +1,196 @@
+"""`lora-diffusion check`: what a run will do, told before it starts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lora_diffusion.adapters.base import Adapter
+from lora_diffusion.config import TrainConfig
+from lora_diffusion.data.duplicates import find_near_duplicates
+from lora_diffusion.data.folder import build_report
+from lora_diffusion.progress import Track, silent
+from lora_diffusion.recipe import (
+    TrainingSet,
+    inject_adapters,
+    load_base,
+    read_training_set,
+    resolve_device,
+    resolve_precision,
+    run_steps,
+    token_counts,
+)
+from lora_diffusion.training.estimate import estimate_step
+
+_CROP_LOSS_WORTH_A_LOOK = 0.2
+_LISTED = 8  # names per finding on the terminal; --json has them all
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something to look at: `what` in one sentence, `items` the files or values it is about."""
+
+    what: str
+    items: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What a run would do. times in seconds, memory in bytes, `largest_crop_loss` a share of the area."""
+
+    base: str
+    family: str
+    prediction: str
+    device: str
+    precision: str
+    images: int
+    images_left_out: int
+    images_for_validation: int
+    captions_missing: int
+    captions_cut: int
+    longest_caption_tokens: int
+    buckets: dict[str, int]
+    largest_crop_loss: float
+    images_per_epoch: int
+    steps_per_epoch: float
+    steps: int
+    epochs: float
+    warmup_steps: int
+    effective_batch_size: int
+    adapter_layers: int
+    adapter_parameters: int
+    seconds_per_step: float
+    training_seconds: float
+    memory_bytes: int
+    findings: tuple[Finding, ...]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
+
+
+def check_run(config: TrainConfig, track: Track = silent) -> CheckReport:
+    """Read every picture and caption, load the base, run its UNet once. Writes nothing. Raises UserError."""
+    device = resolve_device(config.run.device)
+    dtype = resolve_precision(config.run.precision, device)
+    model = load_base(config, dtype, device)
+    data = read_training_set(config, model, 1, track)
+    tokens = token_counts(config, model, data)
+    data_report = build_report(data.scans, tokens, config.model.max_tokens)
+    adapters = [adapter for group in inject_adapters(config, model).values() for adapter in group.values()]
+    if config.model.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
+    steps = run_steps(config, data)
+    step = estimate_step(
+        model,
+        max((sample.bucket for sample in data.training), key=lambda bucket: bucket.width * bucket.height),
+        config.run.batch_size,
+        accumulation=config.run.gradient_accumulation,
+        num_tokens=config.model.max_tokens,
+    )
+    steps_per_epoch = data.batches.batches_per_epoch / config.run.gradient_accumulation
+    return CheckReport(
+        base=config.model.path,
+        family=model.family,
+        prediction=model.schedule.prediction,
+        device=str(device),
+        precision=str(dtype).removeprefix("torch."),
+        images=data_report["summary"]["images"],
+        images_left_out=data_report["summary"]["left_out"],
+        images_for_validation=len(data.validation),
+        captions_missing=len(_files_of(data_report, "missing caption")),
+        captions_cut=data_report["summary"]["captions_cut"],
+        longest_caption_tokens=max(tokens.values(), default=0),
+        buckets=data_report["summary"]["buckets"],
+        largest_crop_loss=max((entry["lost"] for entry in data_report["used"]), default=0.0),
+        images_per_epoch=data.batches.num_draws_per_epoch,
+        steps_per_epoch=steps_per_epoch,
+        steps=steps,
+        epochs=steps / steps_per_epoch,
+        warmup_steps=config.schedule.warmup_steps,
+        effective_batch_size=config.run.batch_size * config.run.gradient_accumulation,
+        adapter_layers=len(adapters),
+        adapter_parameters=_num_trained(adapters),
+        seconds_per_step=step.seconds,
+        training_seconds=step.seconds * steps,
+        memory_bytes=step.memory_bytes,
+        findings=_findings(data, data_report, track),
+    )
+
+
+def _num_trained(adapters: list[Adapter]) -> int:
+    return sum(p.numel() for adapter in adapters for p in adapter.parameters() if p.requires_grad)
+
+
+def _files_of(report: dict[str, Any], kind: str) -> tuple[str, ...]:
+    return tuple(note["file"] for note in report["notes"] if note["kind"] == kind)
+
+
+def _findings(data: TrainingSet, report: dict[str, Any], track: Track) -> tuple[Finding, ...]:
+    """Everything a person may want to act on, the gravest first."""
+    notes: dict[str, list[str]] = {}
+    for note in report["notes"]:
+        notes.setdefault(note["kind"], []).append(f"{note['file']}: {note['message']}")
+    near = find_near_duplicates([*data.training, *data.validation], track=track)
+    found = [
+        Finding("files left out", tuple(f"{entry['file']}: {entry['reason']}" for entry in report["left_out"])),
+        Finding(
+            "captions longer than the text encoder reads: the end is cut off",
+            tuple(f"{entry['file']}: {entry['tokens']} tokens" for entry in report["used"] if entry["is_caption_cut"]),
+        ),
+        Finding(
+            "pictures that lose more than a fifth of their area to the crop",
+            tuple(
+                f"{entry['file']}: {entry['lost']:.0%}"
+                for entry in report["used"]
+                if entry["lost"] > _CROP_LOSS_WORTH_A_LOOK
+            ),
+        ),
+        *(Finding(kind, tuple(lines)) for kind, lines in notes.items()),
+        Finding("pictures that look almost the same", tuple(f"{a.name} and {b.name}" for a, b in near)),
+    ]
+    return tuple(finding for finding in found if finding.items)
+
+
+def render_report(report: CheckReport) -> None:
+    """Print the report as tables."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    for label, value in _rows(report):
+        table.add_row(label, value)
+    console.print(table)
+    for finding in report.findings:
+        console.print(f"\n[bold yellow]{len(finding.items)} × {finding.what}[/]")
+        for item in finding.items[:_LISTED]:
+            console.print(f"  {item}", markup=False, highlight=False)
+        if len(finding.items) > _LISTED:
+            console.print(f"  … and {len(finding.items) - _LISTED} more (--json lists all)")
+    if not report.findings:
+        console.print("\n[green]Nothing to mend.[/]")
+
+
+def _rows(report: CheckReport) -> list[tuple[str, str]]:
+    buckets = ", ".join(f"{size} ({count})" for size, count in report.buckets.items())
+    return [
+        ("base", f"{report.base}: {report.family}, {report.prediction}-prediction"),
+        ("pictures", f"{report.images} used, {report.images_left_out} left out, "
+                     f"{report.images_for_validation} kept for validation"),
+        ("captions", f"{report.captions_missing} missing, {report.captions_cut} cut, "
+                     f"longest {report.longest_caption_tokens} tokens"),
+        ("buckets", buckets),
+        ("crop", f"at most {report.largest_crop_loss:.0%} of a picture is cut away"),
+        ("epoch", f"{report.images_per_epoch} pictures, {report.steps_per_epoch:.1f} steps"),
+        ("run", f"{report.steps} steps = {report.epochs:.1f} epochs, {report.warmup_steps} of them warm-up, "
+                f"{report.effective_batch_size} pictures per step"),
+        ("adapter", f"{report.adapter_layers} layers, {report.adapter_parameters:,} trained values"),
+        ("estimate", f"{report.seconds_per_step:.2f} s per step, {_duration(report.training_seconds)} in all, "
+                     f"{report.memory_bytes / 2**30:.1f} GB on {report.device} in {report.precision}"),
+    ]  # fmt: skip
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min" if minutes < 100 else f"{minutes / 60:.1f} h"

@@ -1,0 +1,144 @@
+"""`lora-diffusion …`: thin commands over the packages. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from lora_diffusion.errors import RunError, UserError
+from lora_diffusion.progress import bar, silent
+
+if TYPE_CHECKING:
+    from lora_diffusion.generation.engine import Request
+
+logger = logging.getLogger(__name__)
+
+USER_ERROR, RUN_FAILED, INTERRUPTED = 2, 3, 130
+
+app = typer.Typer(
+    name="lora-diffusion",
+    help="Train and use LoRA adapters for Stable Diffusion.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigOption = Annotated[Path, typer.Option("--config", help="The run's TOML file.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one setting; repeatable.")
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")]
+
+
+@app.command()
+def train(
+    config: ConfigOption,
+    overrides: SetOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Train an adapter. Ctrl-C finishes the step, saves and ends; `--resume` continues bit for bit."""
+    with errors_as_messages(debug):
+        from lora_diffusion.config import TrainConfig
+
+        settings = TrainConfig.load(config, overrides or ())  # before torch: a typo is told within a second
+        from lora_diffusion.training_run import run_training
+
+        run_training(settings, resume=resume)
+
+
+@app.command()
+def check(
+    config: ConfigOption,
+    overrides: SetOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Look at a run before it starts: pictures, captions, buckets, steps, time and memory. Trains nothing."""
+    with errors_as_messages(debug):
+        from lora_diffusion.config import TrainConfig
+
+        settings = TrainConfig.load(config, overrides or ())
+        from lora_diffusion.check import check_run, render_report
+
+        report = check_run(settings, track=silent if as_json else bar)
+        if as_json:
+            typer.echo(report.to_json())
+        else:
+            render_report(report)
+
+
+@app.command()
+def generate(
+    base: Annotated[str, typer.Option(help="Diffusers folder, single .safetensors file or hub id.")],
+    prompt: Annotated[list[str], typer.Option(help="What to draw; repeatable.")],
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")],
+    adapter: Annotated[
+        list[str] | None, typer.Option(metavar="FILE[:STRENGTH]", help="An adapter and its strength (1.0); repeatable.")
+    ] = None,
+    negative: Annotated[str, typer.Option(help="What to keep out of the picture.")] = "",
+    seed: Annotated[int, typer.Option(min=0, help="The first picture's seed; each further one adds 1.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 25,
+    cfg: Annotated[float, typer.Option(min=0.0, help="Guidance scale; 1 switches it off.")] = 7.0,
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels; the model's own size if left out.")] = None,
+    sampler: Annotated[str, typer.Option(help="For example ddim, euler, euler-a, dpm++2m-karras, unipc.")] = "ddim",
+    count: Annotated[int, typer.Option(min=1, help="Pictures per prompt.")] = 1,
+    clip_skip: Annotated[int, typer.Option(min=1, help="1 is the text encoder's last layer.")] = 1,
+    precision: Annotated[str, typer.Option(help="auto, fp32, fp16 or bf16.")] = "auto",
+    debug: DebugOption = False,
+) -> None:
+    """Draw pictures with any number of adapters, each at its own strength."""
+    with errors_as_messages(debug):
+        from lora_diffusion.generation.request_line import parse_adapter, parse_size, write_pictures
+
+        adapters = dict(parse_adapter(text) for text in adapter or ())
+        picture_size = parse_size(size) if size else None
+
+        from lora_diffusion.generation.engine import Request
+
+        requests: list[Request] = [
+            Request(
+                prompt=text,
+                negative=negative,
+                seed=seed + index,
+                steps=steps,
+                cfg=cfg,
+                size=picture_size,
+                sampler=sampler,
+                clip_skip=clip_skip,
+                adapters={path.stem: strength for path, strength in adapters.items()},
+            )
+            for text in prompt
+            for index in range(count)
+        ]
+        for path in write_pictures(base, list(adapters), requests, out, precision=precision, track=bar):
+            typer.echo(path)
+
+
+@contextmanager
+def errors_as_messages(debug: bool) -> Iterator[None]:
+    """Print a project error as its message and leave with its exit status; a traceback only with `debug`."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        yield
+    except (UserError, RunError) as error:
+        if debug:
+            raise
+        _leave(str(error), USER_ERROR if isinstance(error, UserError) else RUN_FAILED)
+    except KeyboardInterrupt:
+        _leave("Interrupted.", INTERRUPTED)
+
+
+def _leave(message: str, status: int) -> NoReturn:
+    typer.echo(f"Error: {message}", err=True)
+    raise typer.Exit(status)
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,136 @@
+"""The safetensors container, read without torch: an 8-byte header length, a JSON header, then the tensors' bytes.
+
+The header alone says what a file holds, so a wrong or damaged file is refused before any weight is read.
+Layout: https://huggingface.co/docs/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_diffusion.errors import UserError
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+BITS = {"BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64}
+BITS |= {"F16": 16, "BF16": 16, "F32": 32, "F64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "C64": 64}
+
+
+class ContainerError(UserError):
+    """A file is not a whole, readable safetensors file."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One header entry. dtype: the container's name for it ("F16"). begin, end: bytes from the data's start."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says about itself. `data_start` is the offset of the first tensor byte."""
+
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    data_start: int
+
+
+def read_header(path: Path) -> Header:
+    """The checked header of `path`.
+
+    Raises ContainerError if the file is missing, is not a regular file, is a pickle or another format, is cut short or
+    too long, or if its tensors overlap or leave gaps. Nothing in the file is executed.
+    """
+    try:
+        with open(path, "rb", opener=_open_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ContainerError(f"{path}: this is not a file. Give the path of a .safetensors file.")
+            length = _header_length(path, file.read(8), status.st_size)
+            raw = file.read(length)
+    except FileNotFoundError:
+        raise ContainerError(f"{path}: there is no such file. Check the path.") from None
+    except OSError as error:
+        raise ContainerError(f"{path}: cannot be read ({error.strerror}).") from None
+    return _parse(path, raw, data_size=status.st_size - 8 - length)
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """Opens like `os.open`, but a named pipe fails the check above instead of blocking for ever."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _header_length(path: Path, start: bytes, size: int) -> int:
+    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+        raise ContainerError(
+            f"{path}: this is a pickled PyTorch file, whatever its name says. Pickles can run code and are not "
+            "opened. Get the .safetensors version, or convert the file in a sandbox you trust."
+        )
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+        raise ContainerError(
+            f"{path}: not a safetensors file, or cut short ({size} bytes in all, the header alone should have "
+            f"{length}). Download or copy it again."
+        )
+    return length
+
+
+def _parse(path: Path, raw: bytes, data_size: int) -> Header:
+    try:
+        if not raw.startswith(b"{"):
+            raise ValueError("it does not start with '{'")
+        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
+        metadata = _metadata(entries.pop("__metadata__", {}))
+        tensors = {name: _tensor_info(name, entry) for name, entry in entries.items()}
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        reason = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise ContainerError(
+            f"{path}: the safetensors header is damaged: {reason[:200]}. Get the file again."
+        ) from None
+    end = 0
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if info.begin != end:
+            raise ContainerError(
+                f"{path}: tensor {name[:100]!r} starts at byte {info.begin}, expected {end}: tensors overlap or leave "
+                "a gap. The file is damaged or forged; get it again."
+            )
+        end = info.end
+    if end != data_size:
+        raise ContainerError(
+            f"{path}: the tensors need {end} bytes, the file has {data_size} after its header. "
+            f"It was {'cut short' if end > data_size else 'extended'}; download or copy it again."
+        )
+    return Header(tensors, metadata, data_start=8 + len(raw))
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return entries
+
+
+def _metadata(entries: object) -> dict[str, str]:
+    if not isinstance(entries, dict) or not all(isinstance(value, str) for value in entries.values()):
+        raise ValueError("__metadata__ must map strings to strings")
+    return entries
+
+
+def _tensor_info(name: str, entry: Mapping[str, Any]) -> TensorInfo:
+    dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    counts = [*shape, begin, end]
+    if dtype not in BITS or any(type(count) is not int or count < 0 for count in counts):
+        raise ValueError(f"tensor {name[:100]!r} has an impossible dtype, shape or place")
+    if (end - begin) * 8 != math.prod(shape) * BITS[dtype]:
+        raise ValueError(f"tensor {name[:100]!r} of shape {shape} does not fill its {end - begin} bytes")
+    return TensorInfo(dtype, tuple(shape), begin, end)

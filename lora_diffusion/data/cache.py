@@ -1,0 +1,333 @@
+"""Latents and text embeddings, computed once and kept under a hash of everything that they depend on.
+
+Changing a picture, its bucket, the VAE or the resize filter changes the key, so an entry is never out of date. Each
+file holds a checksum; a damaged one is computed again. The folder may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as tensors_from_bytes
+from safetensors.torch import save as bytes_from_tensors
+from torch import Tensor
+
+from lora_diffusion.data.captions import printable
+from lora_diffusion.data.errors import DataError
+from lora_diffusion.data.folder import Sample
+from lora_diffusion.data.images import FILTER_VERSION, WHITE, Colour, ImageError, open_image, quiet_pillow, to_pixels
+from lora_diffusion.errors import RunError
+from lora_diffusion.files import write_bytes_atomically
+from lora_diffusion.progress import Track, silent
+
+logger = logging.getLogger(__name__)
+
+LAYOUT_VERSION = 1
+MEMORY_BYTES = 2 * 2**30
+"""Entries are kept in memory up to this size in all; the rest is read from disk when needed."""
+
+_CHECKSUM = "sha256"
+_MAX_THREADS = 4
+
+EncodeImages = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""(B, 3, H, W) in [-1, 1] -> mean and standard deviation of the latents, each (B, C, h, w)."""
+
+EncodeTexts = Callable[[list[str]], Tensor]
+"""Captions -> embeddings (B, T, D)."""
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """hits: entries found on disk. built: new ones. rebuilt: found damaged and computed again."""
+
+    hits: int
+    built: int
+    rebuilt: int
+
+    def __str__(self) -> str:
+        return f"{self.hits} found, {self.built} computed, {self.rebuilt} were damaged and computed again"
+
+
+class LatentCache:
+    """The latents of a data set's pictures. Pickled copies, as data loader workers get them, only read."""
+
+    def __init__(
+        self,
+        folder: Path | None,
+        encoder_id: str,
+        encode: EncodeImages,
+        *,
+        background: Colour = WHITE,
+        memory_bytes: int = MEMORY_BYTES,
+    ) -> None:
+        """folder: None keeps everything in memory. encoder_id: changes whenever `encode` would give other numbers.
+        background: what shows through the transparent parts of pictures.
+        """
+        self._store = TensorStore(folder / "latents" if folder else None)
+        self._encoder_id = encoder_id
+        self._encode: EncodeImages | None = encode
+        self._background = background
+        self._memory: dict[str, tuple[Tensor, Tensor]] = {}
+        self._free_bytes = memory_bytes
+
+    def fill(self, samples: Sequence[Sample], *, flips: bool, batch_size: int, track: Track = silent) -> CacheReport:
+        """Make sure that every picture, and with `flips` its mirror image, has an entry.
+
+        Raises DataError when a picture changed since it was scanned, RunError when the encoder gives NaN.
+        """
+        wanted: dict[Sample, list[bool]] = {}
+        seen: set[str] = set()
+        hits = rebuilt = built = 0
+        for sample in track(samples, "Reading latents"):
+            for flipped in (False, True) if flips else (False,):
+                key = self.key(sample, flipped)
+                if key in seen:
+                    continue
+                seen.add(key)
+                if key in self._memory:
+                    hits += 1
+                elif (tensors := self._store.load(key)) is not None:
+                    self._remember(key, (tensors["mean"], tensors["std"]))
+                    hits += 1
+                else:
+                    was_damaged = self._store.has(key)
+                    rebuilt, built = rebuilt + was_damaged, built + (not was_damaged)
+                    wanted.setdefault(sample, []).append(flipped)
+        self._build(wanted, batch_size, track)
+        return CacheReport(hits, built, rebuilt)
+
+    def get(self, sample: Sample, flipped: bool = False) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents' distribution, float32, each (C, h, w). Do not change them.
+
+        An entry that was damaged on disk after `fill` is computed again; in a data loader worker that is a RunError.
+        """
+        key = self.key(sample, flipped)
+        if key in self._memory:
+            return self._memory[key]
+        if (tensors := self._store.load(key)) is not None:
+            return tensors["mean"], tensors["std"]
+        if self._encode is None:
+            raise RunError(
+                f"{printable(str(sample.image))}: its cached latents are missing or damaged, and a data loader worker "
+                "cannot compute them. Start the run again; it will mend the cache."
+            )
+        return self._build({sample: [flipped]}, 1, silent)[key]
+
+    def key(self, sample: Sample, flipped: bool) -> str:
+        """The entry's name: a hash of all that its numbers depend on."""
+        picture = [sample.content, sample.fit, sample.bucket, flipped, self._background]
+        return _hash(["latents", LAYOUT_VERSION, FILTER_VERSION, self._encoder_id, *picture])
+
+    def _build(
+        self, wanted: Mapping[Sample, Sequence[bool]], batch_size: int, track: Track
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Encode, store and remember; returns the last batch's entries by key."""
+        last: dict[str, tuple[Tensor, Tensor]] = {}
+        for batch, pixels in self._pixel_batches(wanted, batch_size, track):
+            last = {}
+            for flipped in (False, True):
+                rows = [row for row, sample in enumerate(batch) if flipped in wanted[sample]]
+                if rows:
+                    chosen = pixels[rows].flip(-1) if flipped else pixels[rows]
+                    last |= self._encode_batch([batch[row] for row in rows], chosen, flipped)
+            for key, (mean, std) in last.items():
+                is_stored = self._store.save(key, {"mean": mean, "std": std})
+                self._remember(key, (mean, std), must=not is_stored)
+        return last
+
+    def _encode_batch(
+        self, samples: Sequence[Sample], pixels: Tensor, flipped: bool
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        assert self._encode is not None
+        with torch.no_grad():
+            mean, std = (tensor.to("cpu", torch.float32).contiguous() for tensor in self._encode(pixels))
+        entries: dict[str, tuple[Tensor, Tensor]] = {}
+        for row, sample in enumerate(samples):
+            if not (mean[row].isfinite().all() and std[row].isfinite().all()):
+                raise RunError(
+                    f"{printable(str(sample.image))}: the VAE gives NaN or infinity for this picture. Remove the "
+                    "picture if it is the only one, or try another VAE."
+                )
+            entries[self.key(sample, flipped)] = (mean[row].clone(), std[row].clone())
+        return entries
+
+    def _pixel_batches(
+        self, samples: Mapping[Sample, object], batch_size: int, track: Track
+    ) -> Iterator[tuple[list[Sample], Tensor]]:
+        """Batches of one bucket with their pixels (B, 3, H, W); the next one is decoded while this one is used."""
+        by_bucket: dict[object, list[Sample]] = {}
+        for sample in samples:
+            by_bucket.setdefault(sample.bucket, []).append(sample)
+        batches = [group[i : i + batch_size] for group in by_bucket.values() for i in range(0, len(group), batch_size)]
+        with quiet_pillow(), ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
+
+            def submit(index: int) -> list[Future[Tensor]]:
+                return [pool.submit(self._pixels, sample) for sample in batches[index]] if index < len(batches) else []
+
+            ahead = submit(0)
+            for index, batch in enumerate(track(batches, "Encoding images")):
+                decoded, ahead = ahead, submit(index + 1)
+                yield batch, torch.stack([future.result() for future in decoded])
+
+    def _pixels(self, sample: Sample) -> Tensor:
+        try:
+            image = open_image(sample.image, self._background, content=sample.content)
+        except ImageError as error:
+            raise DataError(f"{printable(str(sample.image))}: {error}. Mend or remove it and start again.") from None
+        return to_pixels(image, sample.fit, sample.bucket)
+
+    def _remember(self, key: str, entry: tuple[Tensor, Tensor], must: bool = False) -> None:
+        size = sum(tensor.nbytes for tensor in entry)
+        if must or size <= self._free_bytes:
+            self._memory[key] = entry
+            self._free_bytes -= size
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_encode": None}
+
+
+class TextCache:
+    """Embeddings of captions. Those given to `fill` are kept on disk; captions varied at random are not."""
+
+    def __init__(
+        self, folder: Path | None, encoder_id: str, encode: EncodeTexts, *, memory_bytes: int = MEMORY_BYTES
+    ) -> None:
+        """folder: None keeps embeddings in memory only. encoder_id: changes whenever `encode` gives other numbers."""
+        self._store = TensorStore(folder / "texts" if folder else None)
+        self._encoder_id = encoder_id
+        self._encode: EncodeTexts | None = encode
+        self._memory: OrderedDict[str, Tensor] = OrderedDict()  # least recently used first
+        self._free_bytes = memory_bytes
+
+    def fill(self, captions: Sequence[str], batch_size: int, track: Track = silent) -> CacheReport:
+        """Make sure that every caption has an entry."""
+        missing: list[str] = []
+        hits = rebuilt = 0
+        for caption in dict.fromkeys(captions):
+            if self._find(caption) is not None:
+                hits += 1
+            else:
+                rebuilt += self._store.has(self.key(caption))
+                missing.append(caption)
+        batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
+        for batch in track(batches, "Encoding captions"):
+            for caption, embedding in zip(batch, self._encode_batch(batch), strict=True):
+                key = self.key(caption)
+                self._store.save(key, {"hidden": embedding})
+                self._remember(key, embedding)
+        return CacheReport(hits, len(missing) - rebuilt, rebuilt)
+
+    def get(self, caption: str) -> Tensor:
+        """The caption's embedding, (T, D), float32. Encoded if need be, except in a data loader worker (RunError)."""
+        if (found := self._find(caption)) is not None:
+            return found
+        if self._encode is None:
+            raise RunError(f"The caption {caption[:80]!r} is not cached, and a data loader worker cannot encode it.")
+        embedding = self._encode_batch([caption])[0]
+        self._remember(self.key(caption), embedding)
+        return embedding
+
+    def key(self, caption: str) -> str:
+        """The entry's name: a hash of all that its numbers depend on."""
+        return _hash(["texts", LAYOUT_VERSION, self._encoder_id, caption])
+
+    def _find(self, caption: str) -> Tensor | None:
+        key = self.key(caption)
+        if key in self._memory:
+            self._memory.move_to_end(key)
+            return self._memory[key]
+        if (tensors := self._store.load(key)) is None:
+            return None
+        self._remember(key, tensors["hidden"])
+        return tensors["hidden"]
+
+    def _encode_batch(self, captions: list[str]) -> list[Tensor]:
+        assert self._encode is not None
+        with torch.no_grad():
+            hidden = self._encode(captions).to("cpu", torch.float32).contiguous()
+        if not hidden.isfinite().all():
+            raise RunError(f"The text encoder gives NaN or infinity for one of {captions!r:.200}.")
+        return [row.clone() for row in hidden]
+
+    def _remember(self, key: str, embedding: Tensor) -> None:
+        self._memory[key] = embedding
+        self._free_bytes -= embedding.nbytes
+        while self._free_bytes < 0 and len(self._memory) > 1:
+            self._free_bytes += self._memory.popitem(last=False)[1].nbytes
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_encode": None}
+
+
+class TensorStore:
+    """Named tensors, one safetensors file per key. Without a folder, or when it cannot be written, keeps nothing."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._is_writable = folder is not None
+
+    def has(self, key: str) -> bool:
+        """Whether there is a file for `key`, whole or damaged."""
+        return self._folder is not None and self._path(self._folder, key).exists()
+
+    def load(self, key: str) -> dict[str, Tensor] | None:
+        """The tensors saved under `key`; None when there are none or the file is damaged."""
+        if self._folder is None:
+            return None
+        try:
+            tensors = tensors_from_bytes(self._path(self._folder, key).read_bytes())
+        except (OSError, SafetensorError, ValueError, KeyError):
+            return None
+        checksum = tensors.pop(_CHECKSUM, None)
+        if checksum is None or not torch.equal(checksum, _checksum(key, tensors)):
+            return None
+        return tensors
+
+    def save(self, key: str, tensors: Mapping[str, Tensor]) -> bool:
+        """Write the tensors; False if that is not possible, which is said once."""
+        if self._folder is None or not self._is_writable:
+            return False
+        data = bytes_from_tensors({**tensors, _CHECKSUM: _checksum(key, tensors)})
+        path = self._path(self._folder, key)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes_atomically(path, data)
+        except OSError as error:
+            self._is_writable = False
+            logger.warning(
+                "%s: the cache cannot be written (%s). The run goes on and keeps entries in memory; "
+                "the next run computes them again. Free space or set [cache] folder.",
+                self._folder,
+                error.strerror or error,
+            )
+            return False
+        return True
+
+    @staticmethod
+    def _path(folder: Path, key: str) -> Path:
+        return folder / key[:2] / f"{key}.safetensors"
+
+
+def _checksum(key: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """sha256 over key, names, shapes and bytes, as 32 numbers. With the key, a file under a wrong name is noticed."""
+    digest = hashlib.sha256(key.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return torch.tensor(list(digest.digest()), dtype=torch.uint8)
+
+
+def _hash(parts: Sequence[object]) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

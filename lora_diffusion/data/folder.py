@@ -1,0 +1,269 @@
+"""Scan a folder of pictures and captions: what is trained on, what is left out and why, what is worth knowing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_diffusion.data.buckets import Bucket, Fit, Size, assign_bucket, fit, lost_fraction, scale_to_cover
+from lora_diffusion.data.captions import printable
+from lora_diffusion.data.errors import DataError
+from lora_diffusion.data.images import ImageError, ImageHeader, check_image, quiet_pillow, read_bytes
+from lora_diffusion.data.listing import LeftOut, is_image_name, list_folder, relative_name
+from lora_diffusion.data.sidecars import CaptionIndex, Note
+from lora_diffusion.files import write_json_atomically
+from lora_diffusion.progress import Track, silent
+
+MAX_LEFT_OUT = 0.2
+"""Share of a folder's pictures that may be unusable before the scan is an error: a few bad files are normal, many
+mean that something happened to the folder."""
+
+MAX_ENLARGEMENT = 8.0
+"""Pictures that would be enlarged more than this many times are left out: a VAE latent pixel is 8 pixels wide."""
+
+MAX_LOSS = 0.9
+"""Pictures of which the crop would cut away more than this share are left out: what remains is not the picture."""
+
+NOTED_ENLARGEMENT = 1.25
+NOTED_LOSS = 0.2
+
+_REPEATS_NAME = re.compile(r"([1-9][0-9]{0,2})_(.+)")  # kohya's `10_sks dog`; four digits are taken for a year
+_MAX_THREADS = 4  # each may hold a picture of MAX_PIXELS
+_TABLE_ROWS = 20
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture to train on.
+
+    size: upright, in pixels, before resizing. id: 16 hex digits of the path below the data set folder and the
+    content, the same on every machine. content: sha256 of the file. source: index of the [[dataset]] table.
+    """
+
+    image: Path
+    caption: str
+    size: Size
+    bucket: Bucket
+    fit: Fit
+    repeats: int
+    id: str
+    content: str
+    source: int = 0
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a folder holds: pictures to train on, sorted by path; files left out; notes."""
+
+    samples: tuple[Sample, ...]
+    left_out: tuple[LeftOut, ...]
+    notes: tuple[Note, ...]
+
+
+def scan_folder(
+    folder: Path,
+    *,
+    buckets: Sequence[Bucket],
+    repeats: int = 1,
+    default_caption: str | None = None,
+    source: int = 0,
+    max_left_out: float = MAX_LEFT_OUT,
+    track: Track = silent,
+) -> Scan:
+    """Read every picture below `folder` once and find its caption.
+
+    A subfolder named `10_sks dog` as in kohya's tools gives its pictures 10 times `repeats` and the class token
+    "sks dog". A picture's caption is its own (`a.txt`, `a.caption` or a line of metadata.jsonl), else
+    `default_caption`, else the class token, else empty; all but the first are noted. Hidden files are ignored.
+    Raises DataError, with a table of reasons, when no picture is usable or more than the share `max_left_out` is not.
+    """
+    listing = list_folder(folder)
+    captions = CaptionIndex(folder, listing)
+    left_out = list(listing.left_out)
+    notes = list(captions.notes)
+    samples: list[Sample] = []
+    for path, found in zip(listing.images, _read_all(listing.images, track), strict=True):
+        if isinstance(found, ImageError):
+            left_out.append(LeftOut(path, str(found)))
+            continue
+        header, content = found
+        folder_repeats, class_token = _read_folder_name(path.relative_to(folder))
+        try:
+            bucket = _choose_bucket(header.size, buckets)
+            caption, caption_notes = _choose_caption(captions, path, default_caption, class_token)
+        except DataError as error:
+            left_out.append(LeftOut(path, str(error)))
+            continue
+        samples.append(
+            Sample(
+                image=path,
+                caption=caption,
+                size=header.size,
+                bucket=bucket,
+                fit=fit(header.size, bucket),
+                repeats=repeats * folder_repeats,
+                id=hashlib.sha256(f"{relative_name(path, folder)}\0{content}".encode()).hexdigest()[:16],
+                content=content,
+                source=source,
+            )
+        )
+        notes += caption_notes + _note_geometry(path, header, bucket)
+    notes += _note_twins(samples)
+    _check_enough(folder, samples, left_out, max_left_out)
+    return Scan(tuple(samples), tuple(left_out), tuple(notes))
+
+
+def _read_all(images: Sequence[Path], track: Track) -> list[tuple[ImageHeader, str] | ImageError]:
+    """Header and sha256 of each picture, or what is wrong with it. Decoding happens outside Python's lock."""
+    with quiet_pillow(), ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
+        futures = [pool.submit(_read, path) for path in images]
+        return [future.result() for future in track(futures, "Reading images")]
+
+
+def _read(path: Path) -> tuple[ImageHeader, str] | ImageError:
+    try:
+        data = read_bytes(path)
+        return check_image(data), hashlib.sha256(data).hexdigest()
+    except ImageError as error:
+        return error
+
+
+def _read_folder_name(relative: Path) -> tuple[int, str | None]:
+    """(repeats, class token) from the nearest folder named like `10_sks dog`; (1, None) without one."""
+    for parent in reversed(relative.parent.parts):
+        if match := _REPEATS_NAME.fullmatch(parent):
+            return int(match[1]), match[2]
+    return 1, None
+
+
+def _choose_caption(
+    captions: CaptionIndex, path: Path, default: str | None, class_token: str | None
+) -> tuple[str, list[Note]]:
+    caption, notes = captions.find(path)
+    if caption is not None:
+        return caption, notes
+    if default is not None:
+        return default, [*notes, Note(path, "no caption: default used", f"uses the default caption {default!r}")]
+    if class_token is not None:
+        return class_token, [*notes, Note(path, "no caption: folder name used", f"uses {class_token!r}")]
+    return "", [*notes, Note(path, "no caption: trained without", "is trained with an empty caption")]
+
+
+def _choose_bucket(size: Size, buckets: Sequence[Bucket]) -> Bucket:
+    bucket = assign_bucket(size, buckets)
+    if (scale := scale_to_cover(size, bucket)) > MAX_ENLARGEMENT:
+        raise ImageError(
+            f"too small: {size.width}x{size.height} would be enlarged {scale:.0f} times "
+            f"to fill {bucket.width}x{bucket.height} (limit {MAX_ENLARGEMENT:g})"
+        )
+    if (lost := lost_fraction(size, bucket)) > MAX_LOSS:
+        raise ImageError(
+            f"too long and thin: {size.width}x{size.height} would lose {lost:.0%} of its area "
+            f"in {bucket.width}x{bucket.height}; cut it into pieces"
+        )
+    return bucket
+
+
+def _note_geometry(path: Path, header: ImageHeader, bucket: Bucket) -> list[Note]:
+    notes: list[Note] = []
+    if header.is_animated:
+        notes.append(Note(path, "animated", f"a {header.format} with several frames; only the first is used"))
+    if (scale := scale_to_cover(header.size, bucket)) > NOTED_ENLARGEMENT:
+        notes.append(Note(path, "enlarged", f"{header.size.width}x{header.size.height} is enlarged {scale:.1f} times"))
+    if (lost := lost_fraction(header.size, bucket)) > NOTED_LOSS:
+        notes.append(Note(path, "cropped", f"{lost:.0%} of its area is cut away for {bucket.width}x{bucket.height}"))
+    return notes
+
+
+def _note_twins(samples: Iterable[Sample]) -> list[Note]:
+    """Pictures with equal bytes, and pictures that share a caption file because only their suffixes differ."""
+    notes: list[Note] = []
+    first_by_content: dict[str, Path] = {}
+    first_by_stem: dict[Path, Path] = {}
+    for sample in samples:
+        twin = first_by_content.setdefault(sample.content, sample.image)
+        if twin != sample.image:
+            notes.append(Note(sample.image, "duplicate", f"has the same bytes as {twin.name}; both are used"))
+        namesake = first_by_stem.setdefault(sample.image.with_suffix(""), sample.image)
+        if namesake != sample.image:
+            notes.append(Note(sample.image, "same name", f"shares its name and caption with {namesake.name}"))
+    return notes
+
+
+def _check_enough(folder: Path, samples: Sequence[Sample], left_out: Sequence[LeftOut], max_left_out: float) -> None:
+    bad = [item for item in left_out if is_image_name(item.path)]
+    total = len(samples) + len(bad)
+    if not samples:
+        shown = bad or left_out
+        what = f"none of its {total} images can be used" if bad else "holds no images (PNG, JPEG, WebP, BMP, GIF, TIFF)"
+    elif len(bad) > max_left_out * total:
+        shown = bad
+        what = f"{len(bad)} of {total} images cannot be used, more than {max_left_out:.0%}"
+    else:
+        return
+    advice = "Mend or remove these files." if shown else "Put images there, or check [[dataset]] path."
+    raise DataError("\n".join([f"{folder}: {what}.", *_reason_table(folder, shown), advice]))
+
+
+def _reason_table(folder: Path, items: Sequence[LeftOut]) -> list[str]:
+    names = [printable(item.path.relative_to(folder).as_posix()) for item in items[:_TABLE_ROWS]]
+    width = min(40, max(map(len, names), default=0))
+    rows = [f"  {name:<{width}}  {item.reason}" for name, item in zip(names, items, strict=False)]
+    return rows + ([f"  … and {len(items) - _TABLE_ROWS} more"] if len(items) > _TABLE_ROWS else [])
+
+
+def write_report(path: Path, scans: Sequence[Scan], token_counts: Mapping[str, int], max_tokens: int) -> None:
+    """Write what was found to `path` as JSON.
+
+    token_counts: number of tokens of each caption, without start and end marks. max_tokens: how many are read.
+    """
+    write_json_atomically(path, build_report(scans, token_counts, max_tokens))
+
+
+def build_report(scans: Sequence[Scan], token_counts: Mapping[str, int], max_tokens: int) -> dict[str, Any]:
+    """The report as JSON values: `summary` first, then `used`, `left_out` and `notes`."""
+    samples = [sample for scan in scans for sample in scan.samples]
+    used = [_describe(sample, token_counts.get(sample.caption), max_tokens) for sample in samples]
+    left_out = [{"file": _name(item.path), "reason": item.reason} for scan in scans for item in scan.left_out]
+    notes = [
+        {"file": _name(note.path), "kind": note.kind, "message": note.message} for scan in scans for note in scan.notes
+    ]
+    summary = {
+        "images": len(samples),
+        "images_per_epoch": sum(sample.repeats for sample in samples),
+        "left_out": len(left_out),
+        "captions_cut": sum(entry["is_caption_cut"] for entry in used),
+        "max_tokens": max_tokens,
+        "buckets": {f"{b.width}x{b.height}": n for b, n in sorted(Counter(s.bucket for s in samples).items())},
+        "notes": dict(sorted(Counter(note["kind"] for note in notes).items())),
+    }
+    return {"summary": summary, "used": used, "left_out": left_out, "notes": notes}
+
+
+def _describe(sample: Sample, num_tokens: int | None, max_tokens: int) -> dict[str, Any]:
+    return {
+        "file": _name(sample.image),
+        "source": sample.source,
+        "size": list(sample.size),
+        "bucket": list(sample.bucket),
+        "resized": list(sample.fit.resized),
+        "crop": list(sample.fit.crop),
+        "lost": round(lost_fraction(sample.size, sample.bucket), 4),
+        "repeats": sample.repeats,
+        "caption": sample.caption,
+        "tokens": num_tokens,
+        "is_caption_cut": num_tokens is not None and num_tokens > max_tokens,
+        "id": sample.id,
+        "sha256": sample.content,
+    }
+
+
+def _name(path: Path) -> str:
+    return printable(path.as_posix())

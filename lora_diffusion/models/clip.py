@@ -1,0 +1,60 @@
+"""Captions to CLIP hidden states: chunks of 77 tokens, clip skip."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from lora_diffusion.models.base import ModelError
+
+
+def count_tokens(tokenizer: CLIPTokenizer, caption: str) -> int:
+    """Tokens of a caption, without the begin and end marks."""
+    return len(_token_ids(tokenizer, caption))
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str], *, length: int, chunks: int | None) -> Tensor:
+    """Token ids (B, chunks, length + 2): each chunk is begin, up to `length` tokens, end, then padding.
+
+    chunks: per caption; what does not fit is cut. None is as many as the longest caption needs, at least one.
+    """
+    tokens = [_token_ids(tokenizer, caption) for caption in captions]
+    if chunks is None:
+        chunks = max(1, max(-(-len(ids) // length) for ids in tokens))
+    rows = []
+    for ids in tokens:
+        for start in range(0, chunks * length, length):
+            marked = [tokenizer.bos_token_id, *ids[start : start + length], tokenizer.eos_token_id]
+            rows.append(marked + [tokenizer.pad_token_id] * (length + 2 - len(marked)))
+    return torch.tensor(rows).reshape(len(captions), chunks, length + 2)
+
+
+def encode(text_encoder: CLIPTextModel, ids: Tensor, clip_skip: int = 1) -> Tensor:
+    """Hidden states (B, chunks · length, D) of token ids (B, chunks, length).
+
+    Chunks are encoded apart and joined whole, begin and end marks included, as A1111 and ComfyUI do. Above
+    clip_skip 1, the output of an earlier layer goes through the final layer norm.
+    """
+    num_layers = text_encoder.config.num_hidden_layers
+    if not 1 <= clip_skip <= num_layers:
+        raise ModelError(
+            f"clip_skip is {clip_skip}, but this text encoder has {num_layers} layers. "
+            f"Use 1 (the last layer) to {num_layers}."
+        )
+    num_captions, _, length = ids.shape
+    ids = ids.reshape(-1, length).to(text_encoder.device)
+    if clip_skip == 1:
+        hidden = text_encoder(ids)[0]
+    else:
+        # transformers 4 has a `text_model` level, transformers 5 has not.
+        final_layer_norm = getattr(text_encoder, "text_model", text_encoder).final_layer_norm
+        hidden = final_layer_norm(text_encoder(ids, output_hidden_states=True).hidden_states[-clip_skip])
+    return hidden.reshape(num_captions, -1, hidden.shape[-1])  # (B · chunks, length, D) → (B, chunks · length, D)
+
+
+def _token_ids(tokenizer: CLIPTokenizer, caption: str) -> list[int]:
+    # verbose=False: the tokenizer warns above 77 tokens, which chunks are there for.
+    return tokenizer(caption, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]

@@ -1,0 +1,431 @@
+"""From a config to a trainer: the only place where settings meet classes. Read it to see how a run is wired."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from lora_diffusion import __version__
+from lora_diffusion.adapters.base import Adapter, Layer
+from lora_diffusion.adapters.inject import inject, select_layers
+from lora_diffusion.adapters.kinds import ADAPTERS
+from lora_diffusion.config import DatasetConfig, TrainConfig
+from lora_diffusion.data.batches import BatchList
+from lora_diffusion.data.buckets import Bucket, Size, make_buckets
+from lora_diffusion.data.cache import LatentCache, TextCache
+from lora_diffusion.data.captions import CaptionOptions, vary_caption
+from lora_diffusion.data.folder import Sample, Scan, scan_folder
+from lora_diffusion.data.folder import write_report
+from lora_diffusion.errors import UserError
+from lora_diffusion.formats.metadata import TrainingFacts, build_metadata
+from lora_diffusion.generation.engine import Engine, Request
+from lora_diffusion.models.base import Conditioning, DiffusionModel
+from lora_diffusion.models.load import load_model
+from lora_diffusion.progress import Track, silent
+from lora_diffusion.runs import RunFolder
+from lora_diffusion.streams import stream
+from lora_diffusion.training.batches import BatchSource, DrawOptions, Share, SourceOptions
+from lora_diffusion.training.export import Exporter
+from lora_diffusion.training.optimizers import build_optimizer, learning_rate_curve, parameter_group
+from lora_diffusion.training.previews import Previewer
+from lora_diffusion.training.resume import resume_from_newest
+from lora_diffusion.training.step import DenoisingLoss, train_only_adapters
+from lora_diffusion.training.trainer import Plan, Trainer
+from lora_diffusion.training.validation import Validator, split_validation
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """The scanned pictures of all data set tables and how they fall into batches."""
+
+    scans: tuple[Scan, ...]
+    training: tuple[Sample, ...]
+    validation: tuple[Sample, ...]
+    batches: BatchList
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """Sample id → caption: what a resume compares. Pictures are part of their id."""
+        return {sample.id: sample.caption for sample in self.training}
+
+
+def build(
+    config: TrainConfig, run: RunFolder, accelerator: Accelerator, *, resume: bool, track: Track = silent
+) -> Trainer:
+    """Everything a run needs, ready to `fit()`. Raises UserError before any training when an input is wrong."""
+    dtype = resolve_precision(config.run.precision, accelerator.device)
+    model = load_base(config, dtype, accelerator.device)
+    data = read_training_set(config, model, accelerator.num_processes, track)
+    with accelerator.main_process_first():  # one process fills the caches, the others find them filled
+        latents, text = fill_caches(config, model, data, track)
+    adapters = inject_adapters(config, model)
+    if config.model.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
+    if accelerator.is_main_process:
+        write_report(run.dataset_report, data.scans, token_counts(config, model, data), config.model.max_tokens)
+    trainer = _assemble(config, run, accelerator, model, data, latents, text, adapters)
+    if resume:
+        resume_from_newest(trainer)
+    return trainer
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Accelerate's view of devices and processes. The loss scaler is on for fp16 only."""
+    device = resolve_device(config.run.device)
+    uses_fp16 = resolve_precision(config.run.precision, device) == torch.float16
+    return Accelerator(cpu=device.type == "cpu", mixed_precision="fp16" if uses_fp16 else "no")
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the GPU if there is one. Raises UserError where CUDA is asked for and missing."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError('[run] device = "cuda", but torch finds no CUDA device. Use device = "auto" or "cpu".')
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def resolve_precision(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bf16 on GPUs that have it, fp16 on older ones, fp32 on a CPU."""
+    if name == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if name == "fp16" and device.type == "cpu":
+        raise UserError('[run] precision = "fp16" overflows and is slow on a CPU. Use "fp32", "bf16" or "auto".')
+    return DTYPES[name]
+
+
+def load_base(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> DiffusionModel:
+    return load_model(
+        config.model.path,
+        family=config.model.family,
+        prediction=config.model.prediction,
+        zero_terminal_snr=config.model.zero_terminal_snr,
+        dtype=dtype,
+        device=device,
+        attention=config.model.attention,
+    )
+
+
+# Data
+
+
+def read_training_set(config: TrainConfig, model: DiffusionModel, num_processes: int, track: Track) -> TrainingSet:
+    """Scan every data set table, hold out validation pictures, list the batches."""
+    scans = tuple(
+        scan_folder(
+            Path(table.path),
+            buckets=buckets_of(table, model),
+            repeats=table.repeats,
+            default_caption=table.default_caption,
+            source=index,
+            track=track,
+        )
+        for index, table in enumerate(config.dataset)
+    )
+    samples = [sample for scan in scans for sample in scan.samples]
+    fraction = config.validation.fraction if config.validation.every else 0.0
+    training, validation = split_validation(samples, fraction, config.run.seed)
+    batches = BatchList(
+        buckets=[sample.bucket for sample in training],
+        ids=[sample.id for sample in training],
+        repeats=[sample.repeats for sample in training],
+        batch_size=config.run.batch_size * num_processes,
+        seed=config.run.seed,
+    )
+    return TrainingSet(scans, tuple(training), tuple(validation), batches)
+
+
+def buckets_of(table: DatasetConfig, model: DiffusionModel) -> tuple[Bucket, ...]:
+    """The sizes that this table's pictures are trained at, in pixels."""
+    width, height = table.resolution if isinstance(table.resolution, tuple) else (table.resolution,) * 2
+    step = model.resolution_step if table.bucket_step == "auto" else table.bucket_step
+    if step % model.resolution_step or min(width, height) < step:
+        raise UserError(
+            f"[[dataset]] path = {str(table.path)!r}: resolution {width}x{height} with bucket_step {step} does not "
+            f"fit this model, whose picture sides are multiples of {model.resolution_step} px."
+        )
+    if not table.buckets:
+        return (Size(width // step * step, height // step * step),)
+    return make_buckets(
+        Size(width, height),
+        min_side=table.bucket_min or max(step, min(width, height) // 2),
+        max_side=table.bucket_max or max(width, height) * 2,
+        step=step,
+    )
+
+
+def fill_caches(
+    config: TrainConfig, model: DiffusionModel, data: TrainingSet, track: Track
+) -> tuple[LatentCache, TextCache]:
+    """Encode what is not cached yet. Random captions beyond the first epoch's are encoded when they come up."""
+    folder = Path(config.cache.folder) if config.cache.enabled else None
+    latents = LatentCache(folder, model.vae_id, model.encode_image)
+    flips = any(table.flip for table in config.dataset)
+    report = latents.fill((*data.training, *data.validation), flips=flips, batch_size=4, track=track)
+    logger.info("latents: %s", report)
+    chunks = config.model.max_tokens // 75
+    clip_skip = config.model.clip_skip
+
+    def encode(captions: Sequence[str]) -> torch.Tensor:
+        with torch.no_grad():
+            return model.encode_text(captions, clip_skip=clip_skip, chunks=chunks).hidden.cpu()
+
+    text = TextCache(folder, f"{model.text_encoder_id}-skip{clip_skip}-chunks{chunks}", encode)
+    if not config.adapter.text_encoder:
+        text.fill(_first_captions(config, data), batch_size=16, track=track)
+    return latents, text
+
+
+def _first_captions(config: TrainConfig, data: TrainingSet) -> list[str]:
+    """Each sample's caption as it stands with prefix and suffix, and the empty caption where captions may drop out."""
+    options = [caption_options(table) for table in config.dataset]
+    samples = (*data.training, *data.validation)
+    captions = {_plain_caption(sample.caption, options[sample.source]) for sample in samples}
+    if any(option.dropout > 0 for option in options):
+        captions.add("")
+    return sorted(captions)
+
+
+def _plain_caption(caption: str, options: CaptionOptions) -> str:
+    """The caption as training reads it when nothing is left to chance."""
+    return vary_caption(caption, options.without_chance(), random.Random(0))
+
+
+def caption_options(table: DatasetConfig) -> CaptionOptions:
+    return CaptionOptions(
+        prefix=table.caption_prefix,
+        suffix=table.caption_suffix,
+        shuffle=table.shuffle_tags,
+        keep_tokens=table.keep_tokens,
+        tag_dropout=table.tag_dropout,
+        dropout=table.caption_dropout,
+    )
+
+
+def token_counts(config: TrainConfig, model: DiffusionModel, data: TrainingSet) -> dict[str, int]:
+    """Tokens of each caption, prefix and suffix included; the largest where two tables share a caption."""
+    counts: dict[str, int] = {}
+    for table, scan in zip(config.dataset, data.scans, strict=True):
+        options = caption_options(table)
+        for caption in {sample.caption for sample in scan.samples}:
+            tokens = model.count_tokens(_plain_caption(caption, options))
+            counts[caption] = max(tokens, counts.get(caption, 0))
+    return counts
+
+
+# Adapters
+
+
+def inject_adapters(config: TrainConfig, model: DiffusionModel) -> dict[str, dict[str, Adapter]]:
+    """Wrap the chosen layers of every trained part: part → dotted path → adapter."""
+    settings = config.adapter
+    kind = ADAPTERS[settings.kind]
+    trained = ["unet"] + (["text_encoder"] if settings.text_encoder else [])
+    adapters: dict[str, dict[str, Adapter]] = {}
+    for name in trained:
+        part = model.parts[name]
+
+        def make(path: str, layer: Layer, name: str = name) -> Adapter:
+            generator = stream(config.run.seed, "init", name, path)
+            return kind(layer, settings.rank, settings.alpha, generator=generator, init=settings.init)
+
+        # A list of regular expressions speaks of the UNet; the text encoder then gets its attention layers.
+        targets = settings.targets if name == "unet" or isinstance(settings.targets, str) else "attention"
+        adapters[name] = inject(part.module, select_layers(part.module, targets), make)
+    return adapters
+
+
+# Assembly
+
+
+def _assemble(
+    config: TrainConfig,
+    run: RunFolder,
+    accelerator: Accelerator,
+    model: DiffusionModel,
+    data: TrainingSet,
+    latents: LatentCache,
+    text: TextCache,
+    adapters: dict[str, dict[str, Adapter]],
+) -> Trainer:
+    by_part = {name: [p for a in group.values() for p in _trained(a)] for name, group in adapters.items()}
+    parameters = [parameter for group in by_part.values() for parameter in group]
+    train_only_adapters(model, parameters)
+    steps = run_steps(config, data)
+    started_at = time.time()
+    loss = DenoisingLoss(
+        model,
+        loss=config.loss.kind,
+        weighting="min-snr" if config.loss.min_snr_gamma else "none",
+        gamma=config.loss.min_snr_gamma or 0.0,
+        clip_skip=config.model.clip_skip,
+        chunks=config.model.max_tokens // 75,
+    )
+    cached_text = None if config.adapter.text_encoder else text
+
+    def encode(captions: Sequence[str]) -> Conditioning:
+        if cached_text is None:
+            return loss.encode(tuple(captions))
+        return Conditioning(torch.stack([cached_text.get(caption) for caption in captions]).to(accelerator.device))
+
+    exporter = Exporter(
+        parts=model.parts,
+        adapters=adapters,
+        metadata=lambda step: build_metadata(_facts(config, model, data, steps, step, started_at)),
+        dtype=DTYPES[config.run.save_precision],
+    )
+    return Trainer(
+        accelerator=accelerator,
+        loss=loss,
+        source=_batch_source(config, model, data, latents, accelerator),
+        text=cached_text,
+        parameters=parameters,
+        optimizer=_optimizer(config, by_part),
+        learning_rate_curve=learning_rate_curve(
+            config.schedule.name,
+            warmup_steps=config.schedule.warmup_steps,
+            steps=steps,
+            min_lr_ratio=config.schedule.min_lr_ratio,
+        ),
+        plan=_plan(config, steps),
+        run=run,
+        exporter=exporter,
+        previewer=_previewer(config, run, model),
+        validator=Validator(data.validation, latents, encode, config.run.seed) if data.validation else None,
+        facts={"config": config.model_dump(mode="json"), "dataset": data.fingerprint},
+        name=config.run.name,
+    )
+
+
+def _trained(adapter: Adapter) -> list[nn.Parameter]:
+    base = {id(parameter) for parameter in adapter.base.parameters()}
+    return [parameter for parameter in adapter.parameters() if id(parameter) not in base]
+
+
+def run_steps(config: TrainConfig, data: TrainingSet) -> int:
+    """Optimiser steps of the whole run, from `steps` or from `epochs`."""
+    if config.run.steps is not None:
+        return config.run.steps
+    micro_batches = (config.run.epochs or 0) * data.batches.batches_per_epoch
+    return max(1, -(-micro_batches // config.run.gradient_accumulation))
+
+
+def _batch_source(
+    config: TrainConfig, model: DiffusionModel, data: TrainingSet, latents: LatentCache, accelerator: Accelerator
+) -> BatchSource:
+    high = min(config.loss.timestep_max, model.schedule.num_steps)
+    return BatchSource(
+        samples=data.training,
+        sources=[SourceOptions(caption_options(table), table.flip) for table in config.dataset],
+        batches=data.batches,
+        latents=latents,
+        draw=DrawOptions(timesteps=(config.loss.timestep_min, high), noise_offset=config.loss.noise_offset),
+        share=Share(accelerator.process_index, accelerator.num_processes, config.run.gradient_accumulation),
+    )
+
+
+def _optimizer(config: TrainConfig, by_part: dict[str, list[nn.Parameter]]) -> torch.optim.Optimizer:
+    settings = config.optimizer
+    rates = {"unet": settings.lr, "text_encoder": _text_encoder_lr(config)}
+    groups = [parameter_group(parameters, rates[part]) for part, parameters in by_part.items()]
+    return build_optimizer(
+        settings.name, groups, weight_decay=settings.weight_decay, betas=settings.betas, eps=settings.eps
+    )
+
+
+def _plan(config: TrainConfig, steps: int) -> Plan:
+    return Plan(
+        steps=steps,
+        accumulation=config.run.gradient_accumulation,
+        max_grad_norm=config.optimizer.max_grad_norm,
+        save_every=config.run.save_every,
+        keep_checkpoints=config.run.keep_checkpoints,
+        preview_every=config.preview.every,
+        validate_every=config.validation.every,
+        log_every=config.run.log_every,
+        loader_workers=config.run.loader_workers,
+    )
+
+
+def _previewer(config: TrainConfig, run: RunFolder, model: DiffusionModel) -> Previewer:
+    preview = config.preview
+    requests = [
+        Request(
+            prompt=prompt,
+            negative=preview.negative,
+            seed=preview.seed + index,
+            steps=preview.steps,
+            cfg=preview.cfg,
+            size=preview.size,
+            sampler=preview.sampler,
+            clip_skip=config.model.clip_skip,
+        )
+        for index, prompt in enumerate(preview.prompts)
+    ]
+    return Previewer(Engine(model), requests, run.previews, Path(config.model.path).name)
+
+
+def _facts(
+    config: TrainConfig, model: DiffusionModel, data: TrainingSet, steps: int, step: int, started_at: float
+) -> TrainingFacts:
+    """What the adapter's metadata says. No paths: of folders only the last name."""
+    run, table = config.run, config.dataset[0]
+    width, height = table.resolution if isinstance(table.resolution, tuple) else (table.resolution,) * 2
+    micro_batches = step * run.gradient_accumulation
+    return TrainingFacts(
+        output_name=run.name,
+        base_model=config.model.path,
+        base_model_version=model.base_model_version,
+        architecture=model.architecture,
+        prediction=model.schedule.prediction,
+        rank=config.adapter.rank,
+        alpha=config.adapter.alpha,
+        resolution=(width, height),
+        seed=run.seed,
+        steps=step,
+        max_steps=steps,
+        epoch=-(-micro_batches // data.batches.batches_per_epoch),
+        num_epochs=-(-steps * run.gradient_accumulation // data.batches.batches_per_epoch),
+        started_at=started_at,
+        finished_at=time.time(),
+        num_train_images=len(data.training),
+        batch_size=run.batch_size,
+        gradient_accumulation=run.gradient_accumulation,
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        unet_lr=config.optimizer.lr,
+        text_encoder_lr=_text_encoder_lr(config) if config.adapter.text_encoder else None,
+        lr_schedule=config.schedule.name,
+        warmup_steps=config.schedule.warmup_steps,
+        optimizer=config.optimizer.name,
+        precision=run.precision,
+        clip_skip=config.model.clip_skip,
+        max_tokens=config.model.max_tokens,
+        noise_offset=config.loss.noise_offset,
+        min_snr_gamma=config.loss.min_snr_gamma,
+        loss=config.loss.kind,
+        max_grad_norm=config.optimizer.max_grad_norm,
+        caption_dropout=table.caption_dropout,
+        image_counts={
+            Path(table.path).name: (table.repeats, len(scan.samples))
+            for table, scan in zip(config.dataset, data.scans, strict=True)
+        },
+        bucket_counts=Counter((sample.bucket.width, sample.bucket.height) for sample in data.training),
+        program_version=__version__,
+    )
+
+
+def _text_encoder_lr(config: TrainConfig) -> float:
+    return config.optimizer.lr / 2 if config.optimizer.text_encoder_lr is None else config.optimizer.text_encoder_lr

@@ -1,0 +1,1 @@
+"""The training loop and what it needs: batches, loss, optimisers, checkpoints, previews, records."""

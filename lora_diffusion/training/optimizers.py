@@ -1,0 +1,82 @@
+"""Optimisers by name, and the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_diffusion.errors import UserError
+
+OPTIMIZERS: dict[str, str] = {
+    "adamw": "torch.optim:AdamW",
+    "adamw8bit": "bitsandbytes.optim:AdamW8bit",
+}
+"""Name in the config → `package.module:Class`."""
+
+
+class OptimizerError(UserError):
+    """The optimiser's package is missing."""
+
+
+def parameter_group(parameters: Sequence[nn.Parameter], lr: float) -> dict[str, Any]:
+    """`peak_lr` stays in the group beside the learning rate of the current step."""
+    return {"params": list(parameters), "lr": lr, "peak_lr": lr}
+
+
+def build_optimizer(
+    name: str,
+    groups: Sequence[dict[str, Any]],
+    *,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> torch.optim.Optimizer:
+    """An optimiser over `groups` (see `parameter_group`). Raises OptimizerError naming the package to install."""
+    # One fused kernel for all parameters, on CPU and on CUDA; other optimisers bring their own.
+    options: dict[str, Any] = {"fused": True} if name == "adamw" else {}
+    return _load_class(name)(list(groups), betas=betas, eps=eps, weight_decay=weight_decay, **options)
+
+
+def _load_class(name: str) -> type[torch.optim.Optimizer]:
+    module, _, attribute = OPTIMIZERS[name].partition(":")
+    try:
+        return getattr(import_module(module), attribute)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise OptimizerError(
+            f"[optimizer] name = {name!r} needs the package {package}: pip install {package} ({error})"
+        ) from error
+
+
+def learning_rate_curve(
+    name: str, *, warmup_steps: int, steps: int, min_lr_ratio: float = 0.0
+) -> Callable[[int], float]:
+    """Factor of the peak learning rate at a step: rises from 0 to 1 during the warm-up, then follows `name`.
+
+    name: a schedule of diffusers (`constant`, `linear`, `cosine`, …). min_lr_ratio: the floor after the warm-up.
+    """
+    from diffusers.optimization import get_scheduler
+
+    # diffusers ties its schedules to an optimiser; only the curve is wanted, so a dummy carries it.
+    dummy = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    library_name = "constant_with_warmup" if name == "constant" else name
+    scheduler: Any = get_scheduler(library_name, dummy, num_warmup_steps=warmup_steps, num_training_steps=steps)
+    curve: Callable[[int], float] = scheduler.lr_lambdas[0]
+
+    def factor(step: int) -> float:
+        # Step 0 of a warm-up would have rate 0 and teach nothing: count the steps from 1 while warming up.
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        return max(float(curve(step)), min_lr_ratio)
+
+    return factor
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Every group's rate becomes `factor` times its peak. Nothing but the step is needed to resume it."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor

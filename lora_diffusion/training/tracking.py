@@ -1,0 +1,100 @@
+"""What a run tells: metrics.jsonl for programs, a progress line for people."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+_PLAIN_LINE_EVERY_S = 10.0  # without a terminal a progress bar is noise; a line now and then is a log
+
+
+class MetricsFile:
+    """Appends one JSON object per line. Lines of an earlier start stay; `segment` tells the starts apart."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.segment = 1 + max((int(line.get("segment", 0)) for line in read_metrics(path)), default=-1)
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"segment": self.segment, **values}) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Every whole line of a metrics file; a line cut short by a crash is left out."""
+    if not path.exists():
+        return []
+    lines: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            logger.warning("%s: one line was cut short by a crash and is left out", path)
+    return lines
+
+
+def latest_per_step(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One line per step, in order: after a resume the later start's line replaces the earlier one's."""
+    by_step: dict[int, dict[str, Any]] = {}
+    for line in metrics:
+        by_step[line["step"]] = by_step.get(line["step"], {}) | line
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def memory_in_use(device: torch.device) -> str:
+    """Peak video memory on a GPU, resident memory of this process elsewhere."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GB VRAM"
+    import psutil
+
+    return f"{psutil.Process(os.getpid()).memory_info().rss / 2**30:.1f} GB"
+
+
+@dataclass
+class Console:
+    """The progress line: a live bar on a terminal, a plain line every ten seconds elsewhere."""
+
+    steps: int
+    device: torch.device
+    enabled: bool = True
+    _bar: Any = field(default=None, init=False)
+    _task: Any = field(default=None, init=False)
+    _last_line: float = field(default=0.0, init=False)
+
+    @contextmanager
+    def open(self, step: int) -> Iterator[None]:
+        if not (self.enabled and sys.stderr.isatty()):
+            yield
+            return
+        from rich.console import Console as RichConsole
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+        with Progress(*columns, TimeRemainingColumn(), console=RichConsole(stderr=True)) as self._bar:
+            self._task = self._bar.add_task("", total=self.steps, completed=step)
+            yield
+        self._bar = None
+
+    def show(self, step: int, loss: float, learning_rate: float, seconds_per_step: float) -> None:
+        if not self.enabled:
+            return
+        speed = f"{1 / seconds_per_step:.2f} it/s" if seconds_per_step < 1 else f"{seconds_per_step:.2f} s/it"
+        text = f"loss {loss:.4f}  lr {learning_rate:.1e}  {speed}  {memory_in_use(self.device)}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=text)
+        elif time.monotonic() - self._last_line > _PLAIN_LINE_EVERY_S or step == self.steps:
+            self._last_line = time.monotonic()
+            eta = (self.steps - step) * seconds_per_step
+            logger.info("step %d/%d  %s  ETA %d:%02d", step, self.steps, text, eta // 60, eta % 60)

@@ -1,0 +1,261 @@
+"""The training loop, readable from top to bottom."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from lora_diffusion.data.cache import TextCache
+from lora_diffusion.errors import RunError
+from lora_diffusion.models.base import Conditioning
+from lora_diffusion.runs import RunFolder
+from lora_diffusion.training.batches import Batch, BatchSource, load_batches
+from lora_diffusion.training.checkpoint import Checkpoint, save_checkpoint
+from lora_diffusion.training.export import Exporter
+from lora_diffusion.training.optimizers import set_learning_rate
+from lora_diffusion.training.previews import Previewer
+from lora_diffusion.training.signals import StopRequest
+from lora_diffusion.training.step import DenoisingLoss
+from lora_diffusion.training.tracking import Console, MetricsFile
+from lora_diffusion.training.validation import Validator
+
+logger = logging.getLogger(__name__)
+
+_HEARTBEAT_EVERY_S = 2.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a run is and when it saves, draws, validates and logs. All in optimiser steps; 0 switches off."""
+
+    steps: int
+    accumulation: int = 1
+    max_grad_norm: float = 1.0
+    save_every: int = 0
+    keep_checkpoints: int = 2
+    preview_every: int = 0
+    validate_every: int = 0
+    log_every: int = 1
+    loader_workers: int = 0
+
+
+@dataclass
+class Trainer:
+    """Trains the adapters of `loss.model`; everything it needs is handed in by the recipe.
+
+    text: the cached encodings, or None when the text encoder is trained and encodes inside the step.
+    facts: JSON values kept with each checkpoint, to recognise another config or data set on resume.
+    """
+
+    accelerator: Accelerator
+    loss: DenoisingLoss
+    source: BatchSource
+    text: TextCache | None
+    parameters: Sequence[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    learning_rate_curve: Callable[[int], float]
+    plan: Plan
+    run: RunFolder
+    exporter: Exporter
+    previewer: Previewer
+    validator: Validator | None
+    facts: dict[str, Any]
+    name: str
+    step: int = 0
+    stop: StopRequest = field(default_factory=StopRequest)
+    _wrapped: nn.Module = field(init=False)
+    _optimizer: torch.optim.Optimizer = field(init=False)
+    _seconds_per_step: float = field(default=0.0, init=False)
+    _saved_step: int = field(default=-1, init=False)
+    _heartbeat: float = field(default=0.0, init=False)
+
+    def fit(self) -> Path:
+        """Train from the current step to the last, or until asked to stop; save; return the adapter file.
+
+        Raises RunError when the loss or a gradient is not finite: the weights of the last good step are saved.
+        """
+        self.loss.to(self.accelerator.device)
+        self._wrapped = self.accelerator.prepare_model(self.loss)
+        self._optimizer = self.accelerator.prepare_optimizer(self.optimizer)
+        metrics = MetricsFile(self.run.metrics)
+        console = Console(self.plan.steps, self.accelerator.device, self.accelerator.is_main_process)
+        self._saved_step = self.step
+        if self.step == 0:
+            self._draw_previews()
+        first, last = self.step * self.plan.accumulation, self.plan.steps * self.plan.accumulation
+        batches = iter(load_batches(self.source, first, last, self.plan.loader_workers))
+        with self.stop.listen(), console.open(self.step):
+            while self.step < self.plan.steps and not self._should_stop():
+                started = time.perf_counter()
+                values = self._train_step([next(batches) for _ in range(self.plan.accumulation)])
+                self._measure_speed(time.perf_counter() - started)
+                self._after_step(metrics, console, values)
+        return self._finish()
+
+    # One step
+
+    def _train_step(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
+        """Forward, backward and update for one optimiser step; returns what metrics.jsonl records."""
+        set_learning_rate(self.optimizer, self.learning_rate_curve(self.step))
+        self._optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.accelerator.device)
+        for index, batch in enumerate(micro_batches):
+            is_last = index == len(micro_batches) - 1
+            # Gradients of several processes are averaged once, with the last micro-batch.
+            with nullcontext() if is_last else self.accelerator.no_sync(self._wrapped):
+                total += self._backward(batch.to(self.accelerator.device))
+        loss = float(self.accelerator.reduce(total, "mean"))  # pyright: ignore[reportArgumentType]
+        self._check_finite(loss, "loss", micro_batches)
+        grad_norm = self._clip_gradients()
+        # The loss scaler of fp16 handles overflowing gradients itself: it skips the update and lowers the scale.
+        if self.accelerator.scaler is None:
+            self._check_finite(grad_norm, "gradient norm", micro_batches)
+        self._optimizer.step()
+        self.step += 1
+        rate = self.optimizer.param_groups[0]["lr"]
+        return {"loss": loss, "lr": rate, "grad_norm": grad_norm}
+
+    def _backward(self, batch: Batch) -> Tensor:
+        """Adds the batch's part of the step's gradient; returns its part of the loss."""
+        losses: Tensor = self._wrapped(batch, self._conditioning(batch.captions))  # (B,)
+        loss = (losses * batch.weights).sum()
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    def _conditioning(self, captions: Sequence[str]) -> Conditioning | None:
+        if self.text is None:
+            return None
+        hidden = torch.stack([self.text.get(caption) for caption in captions])  # (B, T, D)
+        return Conditioning(hidden.to(self.accelerator.device))
+
+    def _clip_gradients(self) -> float:
+        """Norm of all gradients before clipping; `max_grad_norm` 0 only measures."""
+        limit = self.plan.max_grad_norm or math.inf
+        return float(self.accelerator.clip_grad_norm_(self.parameters, limit) or 0.0)
+
+    def _check_finite(self, value: float, what: str, micro_batches: Sequence[Batch]) -> None:
+        if math.isfinite(value):
+            return
+        pairs = [pair for batch in micro_batches for pair in zip(batch.names, batch.captions, strict=True)]
+        pictures = [f"{name} ({caption!r})" for name, caption in pairs]
+        # The update has not been made: the weights are those of the last good step.
+        self._save_checkpoint()
+        raise RunError(
+            f"The {what} became {value} at step {self.step + 1} (learning rate "
+            f"{self.optimizer.param_groups[0]['lr']:.2e}) on {', '.join(pictures)}. Nothing of it was saved; "
+            f"the last good weights are in {self.run.checkpoints}. Lower [optimizer] lr, use [run] precision = "
+            '"bf16" or "fp32" instead of fp16, or look at these pictures and captions.'
+        )
+
+    # Between steps
+
+    def _after_step(self, metrics: MetricsFile, console: Console, values: dict[str, float]) -> None:
+        plan = self.plan
+        if self.validator is not None and _is_due(self.step, plan.validate_every, plan.steps):
+            values["val_loss"] = self.validator.measure(self.loss, self.accelerator.device)
+        is_logged = "val_loss" in values or _is_due(self.step, plan.log_every, plan.steps)
+        if is_logged and self.accelerator.is_main_process:
+            epoch = self.step * plan.accumulation / self.source.batches.batches_per_epoch
+            metrics.write(
+                {"step": self.step, "epoch": round(epoch, 3)} | values | {"seconds": round(self._seconds_per_step, 4)}
+            )
+        console.show(self.step, values["loss"], values["lr"], self._seconds_per_step)
+        self._beat()
+        if _is_due(self.step, plan.preview_every, plan.steps):
+            self._draw_previews()
+        if plan.save_every and self.step % plan.save_every == 0 and self.step < plan.steps:
+            self._save()
+        self._obey_control_files()
+
+    def _measure_speed(self, seconds: float) -> None:
+        """Moving average over about ten steps: follows a machine that gets busy, ignores single hiccups."""
+        self._seconds_per_step = seconds if not self._seconds_per_step else 0.9 * self._seconds_per_step + 0.1 * seconds
+
+    def _beat(self) -> None:
+        if time.monotonic() - self._heartbeat > _HEARTBEAT_EVERY_S and self.accelerator.is_main_process:
+            self._heartbeat = time.monotonic()
+            self.run.beat(self.step, self.plan.steps, self._seconds_per_step)
+
+    def _obey_control_files(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        for command in self.run.take_control():
+            if command == "stop":
+                self.stop.reason = "control/stop"
+            elif command == "save_now":
+                self._save()
+            elif command == "sample_now":
+                self._draw_previews()
+
+    def _should_stop(self) -> bool:
+        """True on every process as soon as one was asked to stop, so that all leave the loop at the same step."""
+        if self.accelerator.num_processes == 1:
+            return bool(self.stop)
+        flag = torch.tensor(float(bool(self.stop)), device=self.accelerator.device)
+        return float(self.accelerator.reduce(flag, "sum")) > 0  # pyright: ignore[reportArgumentType]
+
+    def _draw_previews(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        try:
+            self.previewer.draw(self.step)
+        except (OSError, RuntimeError, ValueError) as error:  # a failed picture must not cost the training
+            logger.warning("step %d: the preview could not be drawn (%s); training goes on", self.step, error)
+
+    # Saving
+
+    def checkpoint(self) -> Checkpoint:
+        """The run's state at this step boundary."""
+        scaler = self.accelerator.scaler
+        facts = self.facts | {"scaler": scaler.state_dict() if scaler is not None else None}
+        return Checkpoint(self.step, self.exporter.tensors(), self.optimizer.state_dict(), facts)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continue where `checkpoint` was made. Settings of the optimiser stay those of the current config."""
+        self.exporter.load_tensors(checkpoint.adapter)
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(checkpoint.optimizer)
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)
+        if self.accelerator.scaler is not None and checkpoint.facts.get("scaler"):
+            self.accelerator.scaler.load_state_dict(checkpoint.facts["scaler"])
+        self.step = checkpoint.step
+
+    def _save_checkpoint(self) -> None:
+        if self.accelerator.is_main_process and self.step != self._saved_step:
+            save_checkpoint(self.run.checkpoints, self.checkpoint(), keep=self.plan.keep_checkpoints)
+            self._saved_step = self.step
+
+    def _save(self) -> None:
+        """A checkpoint to resume from and an adapter file to use, both of this step."""
+        self._save_checkpoint()
+        if self.accelerator.is_main_process:
+            self.exporter.write(self.run.adapter(self.name, self.step), self.step)
+
+    def _finish(self) -> Path:
+        """Save what was reached. A run that was stopped keeps its step in the file name and can be resumed."""
+        is_complete = self.step >= self.plan.steps
+        adapter = self.run.adapter(self.name, None if is_complete else self.step)
+        self._save_checkpoint()
+        if self.accelerator.is_main_process:
+            self.exporter.write(adapter, self.step)
+            self.run.beat(self.step, self.plan.steps, self._seconds_per_step)
+        if is_complete and self.step > 0 and not _is_due(self.step, self.plan.preview_every, self.plan.steps):
+            self._draw_previews()
+        self.accelerator.wait_for_everyone()
+        return adapter
+
+
+def _is_due(step: int, every: int, last: int) -> bool:
+    """Every `every` steps and at the last; never when `every` is 0."""
+    return every > 0 and (step % every == 0 or step == last)

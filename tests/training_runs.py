@@ -1,0 +1,86 @@
+"""Small runs for tests: a folder of drawn pictures, a config, and the two ways to train it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tomlkit
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file
+
+from lora_diffusion.config import TrainConfig
+from lora_diffusion.recipe import build, make_accelerator
+from lora_diffusion.runs import RunFolder
+from lora_diffusion.training.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parent.parent
+COLOURS = ("red", "green", "blue", "orange", "purple")
+
+
+def draw_pictures(folder: Path, count: int = 10) -> Path:
+    """`count` captioned pictures of two shapes, so that there are two buckets and short last batches."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        colour = COLOURS[index % len(COLOURS)]
+        image = Image.new("RGB", (64, 64) if index % 3 else (96, 48), "white")
+        ImageDraw.Draw(image).ellipse((8 + index, 8, 40 + index, 40), fill=colour)
+        image.save(folder / f"{index:02d}.png")
+        (folder / f"{index:02d}.txt").write_text(f"a {colour} cat", encoding="utf-8")
+    return folder
+
+
+def write_config(path: Path, base: Path, data: Path, **sections: dict[str, Any]) -> Path:
+    """A quick run on `base` and `data`; `sections` overrides its keys."""
+    config: dict[str, Any] = {
+        "run": {"name": "test", "output": str(path.parent / "run"), "steps": 6, "batch_size": 2, "seed": 3}
+        | {"precision": "fp32", "device": "cpu", "save_every": 0},
+        "model": {"path": str(base)},
+        "adapter": {"rank": 4, "alpha": 4.0},
+        "dataset": [{"path": str(data), "resolution": 32}],
+        "optimizer": {"lr": 1e-3},
+        "schedule": {"name": "cosine", "warmup_steps": 2},
+        "preview": {"every": 0},
+        "cache": {"folder": str(path.parent / "cache")},
+    }
+    for name, values in sections.items():
+        if name == "dataset":
+            config["dataset"] = [config["dataset"][0] | values]
+        else:
+            config[name] = config.get(name, {}) | values
+    path.write_text(tomlkit.dumps(config), encoding="utf-8")
+    return path
+
+
+def prepare(config_path: Path, *overrides: str, resume: bool = False) -> Trainer:
+    """A trainer in this process, its run folder made."""
+    config = TrainConfig.load(config_path, overrides)
+    run = RunFolder(config.run.output)
+    run.path.mkdir(parents=True, exist_ok=True)
+    return build(config, run, make_accelerator(config), resume=resume)
+
+
+def launch(config_path: Path, *arguments: str, launcher: Sequence[str] = ()) -> subprocess.Popen[str]:
+    """`accelerate launch [launcher…] train.py --config …` as a user would type it; one thread per process."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", *(launcher or ("--cpu", "--num_processes", "1"))]
+    return subprocess.Popen(
+        [*command, str(ROOT / "train.py"), "--config", str(config_path), *arguments],
+        cwd=config_path.parent,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def tensor_hash(adapter: Path) -> str:
+    """sha256 of the tensors of an adapter file; its metadata holds dates and is left out."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(load_file(adapter).items()):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,108 @@
+"""Module names in files: exactly those of the kohya LoRAs that exist for SD 1.5, and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from lora_diffusion.adapters.inject import select_layers
+from lora_diffusion.formats.names import from_peft_key, kohya_name, peft_name, split_kohya_name
+from lora_diffusion.models.base import Part
+from tests.sd15 import make_text_encoder, make_unet
+
+PUBLISHED = Path(__file__).parents[1].joinpath("reference", "sd15_kohya_keys.txt").read_text().split()
+CONVOLUTIONS = ("_resnets_", "_downsamplers_", "_upsamplers_")
+
+
+@pytest.fixture(scope="module")
+def parts() -> dict[str, Part]:
+    unet = Part(make_unet(), "lora_unet")
+    return {"unet": unet, "text_encoder": Part(make_text_encoder(), "lora_te", file_root="text_model.")}
+
+
+def our_names(part: Part, targets: str) -> set[str]:
+    return {part.file_name(path) for path in select_layers(part.module, targets)}
+
+
+def test_the_published_list_has_the_counts_sd_scripts_prints() -> None:
+    """192 and 72 are what it logs for SD 1.5; with conv_dim come 22 · 3 + 14 + 6 convolutions and time projections."""
+    unet = [name for name in PUBLISHED if name.startswith("lora_unet_")]
+    assert len(unet) == 278
+    assert sum(not any(kind in name for kind in CONVOLUTIONS) for name in unet) == 192
+    assert sum(name.startswith("lora_te_text_model_encoder_layers_") for name in PUBLISHED) == 72
+    assert len(PUBLISHED) == len(set(PUBLISHED)) == 350
+
+
+def test_full_names_are_the_published_ones(parts: dict[str, Part]) -> None:
+    assert our_names(parts["unet"], "full") | our_names(parts["text_encoder"], "full") == set(PUBLISHED)
+
+
+def test_attention_mlp_names_are_the_published_ones_without_convolutions(parts: dict[str, Part]) -> None:
+    expected = {n for n in PUBLISHED if n.startswith("lora_unet_") and not any(kind in n for kind in CONVOLUTIONS)}
+    assert our_names(parts["unet"], "attention-mlp") == expected
+
+
+def test_attention_names_are_the_128_projections_of_the_unet(parts: dict[str, Part]) -> None:
+    expected = {name for name in PUBLISHED if "_attn1_to_" in name or "_attn2_to_" in name}
+    assert our_names(parts["unet"], "attention") == expected
+    assert len(expected) == 128
+
+
+def test_text_model_level_is_in_the_name_whether_or_not_the_module_has_it() -> None:
+    part = Part(nn.Module(), "lora_te", file_root="text_model.")
+    expected = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    assert part.file_name("encoder.layers.0.mlp.fc1") == expected
+    assert part.file_name("text_model.encoder.layers.0.mlp.fc1") == expected
+
+
+def test_every_published_name_splits_into_a_path_that_gives_it_back() -> None:
+    for name in PUBLISHED:
+        prefix, path = split_kohya_name(name)
+        assert kohya_name(prefix, path) == name
+
+
+def test_split_paths_are_the_module_paths(parts: dict[str, Part]) -> None:
+    for path in select_layers(parts["unet"].module, "full"):
+        assert split_kohya_name(parts["unet"].file_name(path)) == ("lora_unet", path)
+
+
+def test_peft_keys_come_back_as_the_same_kohya_names() -> None:
+    for name in PUBLISHED:
+        assert from_peft_key(f"{peft_name(name)}.lora_A.weight") == (name, "lora_down.weight")
+        assert from_peft_key(f"{peft_name(name)}.lora_B.weight") == (name, "lora_up.weight")
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("unet.a.attn1.processor.to_q_lora.down.weight", ("lora_unet_a_attn1_to_q", "lora_down.weight")),
+        ("unet.a.attn2.processor.to_out_lora.up.weight", ("lora_unet_a_attn2_to_out_0", "lora_up.weight")),
+        ("unet.a.ff.net.2.lora.down.weight", ("lora_unet_a_ff_net_2", "lora_down.weight")),
+        (
+            "text_encoder.text_model.encoder.layers.1.self_attn.to_out_lora.down.weight",
+            ("lora_te_text_model_encoder_layers_1_self_attn_out_proj", "lora_down.weight"),
+        ),
+        (
+            "text_encoder.encoder.layers.1.self_attn.k_proj.lora_linear_layer.up.weight",
+            ("lora_te_text_model_encoder_layers_1_self_attn_k_proj", "lora_up.weight"),
+        ),
+        ("unet.conv_in.weight", None),
+        ("something.else", None),
+    ],
+)
+def test_keys_of_older_diffusers_are_understood(key: str, expected: tuple[str, str] | None) -> None:
+    assert from_peft_key(key) == expected
+
+
+def test_first_text_encoder_is_numbered_when_there_are_two() -> None:
+    key = "text_encoder.encoder.layers.0.mlp.fc1.lora_A.weight"
+    name = from_peft_key(key, two_encoders=True)
+    assert name is not None
+    assert name[0] == "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+
+
+def test_a_name_of_the_ldm_spelling_is_refused() -> None:
+    with pytest.raises(ValueError, match="input_blocks"):
+        split_kohya_name("lora_unet_input_blocks_4_1_proj_in")

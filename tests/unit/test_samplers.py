@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora_diffusion.diffusion.schedule import NoiseSchedule, make_betas
+from lora_diffusion.errors import UserError
+from lora_diffusion.generation.samplers import SAMPLERS, build_scheduler, sampler_named, takes_generator
+
+CONFIG = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "prediction_type": "epsilon",
+    "rescale_betas_zero_snr": False,
+    "timestep_spacing": "leading",
+}
+CPU = torch.device("cpu")
+ZERO_SNR = ("ddim", "euler", "euler-a", "dpm++2m", "dpm++2m-karras", "unipc")
+
+
+def schedule(prediction: str = "epsilon", zero_terminal_snr: bool = False) -> NoiseSchedule:
+    assert prediction in ("epsilon", "v")
+    return NoiseSchedule.from_betas(make_betas("scaled_linear"), prediction, zero_terminal_snr)
+
+
+def draw(name: str, noise_schedule: NoiseSchedule, clean: Tensor, steps: int) -> Tensor:
+    """What a sampler makes with a perfect model of one single picture, `clean`."""
+    scheduler = build_scheduler(name, CONFIG, noise_schedule, steps, CPU)
+    generator = torch.Generator().manual_seed(0)
+    extra = {"generator": generator} if takes_generator(scheduler) else {}
+    latents = torch.randn(clean.shape, generator=generator) * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        noisy = scheduler.scale_model_input(latents, t)
+        alpha = _alpha_bar(noise_schedule, float(t))
+        noise = (noisy - alpha.sqrt() * clean) / (1 - alpha).sqrt()
+        if noise_schedule.prediction == "v":
+            noise = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
+        latents = scheduler.step(noise, t, latents, **extra, return_dict=False)[0]
+    return latents
+
+
+def _alpha_bar(noise_schedule: NoiseSchedule, t: float) -> Tensor:
+    """ᾱ at a timestep; between two of them, σ is interpolated."""
+    sigmas = ((1 - noise_schedule.alphas_cumprod) / noise_schedule.alphas_cumprod).sqrt()
+    low = int(t)
+    sigma = torch.lerp(sigmas[low], sigmas[min(low + 1, 999)], t - low) if t != low else sigmas[low]
+    return torch.tensor(0.0) if sigma.isinf() else 1 / (sigma**2 + 1)
+
+
+def test_the_names_users_know_are_there() -> None:
+    assert set(SAMPLERS) >= {"ddim", "euler", "euler-a", "dpm++2m", "dpm++2m-karras", "unipc", "heun", "lms"}
+    assert len({(sampler.label, sampler.schedule_type) for sampler in SAMPLERS.values()}) == len(SAMPLERS)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_perfect_model_of_one_picture_gives_that_picture(name: str, prediction: str) -> None:
+    clean = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    drawn = draw(name, schedule(prediction), clean, 25)
+    # DDIM ends at the noise of timestep 0 (set_alpha_to_one False), whose sigma is 0.03; the others end at 0.
+    assert (drawn - clean).std() < 0.05
+
+
+@pytest.mark.parametrize("name", ZERO_SNR)
+def test_with_zero_terminal_snr_drawing_starts_at_the_last_step_and_succeeds(name: str) -> None:
+    noise_schedule = schedule("v", zero_terminal_snr=True)
+    scheduler = build_scheduler(name, CONFIG, noise_schedule, 10, CPU)
+    assert float(scheduler.timesteps[0]) == 999
+    clean = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    assert (draw(name, noise_schedule, clean, 10) - clean).std() < 0.1
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS.keys() - set(ZERO_SNR)))
+def test_a_sampler_that_cannot_start_from_pure_noise_says_which_can(name: str) -> None:
+    with pytest.raises(UserError, match=r"zero terminal SNR.*ddim, euler"):
+        build_scheduler(name, CONFIG, schedule("v", zero_terminal_snr=True), 10, CPU)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_schedule_decides_the_prediction_type_not_the_file(name: str) -> None:
+    scheduler = build_scheduler(name, CONFIG, schedule("v"), 5, CPU)
+    assert scheduler.config["prediction_type"] == "v_prediction"
+
+
+def test_an_unknown_sampler_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(UserError, match=r"'Euler-A'.*mean 'euler-a'"):
+        sampler_named("Euler-A")
+    with pytest.raises(UserError, match="Known: ddim, euler"):
+        sampler_named("")

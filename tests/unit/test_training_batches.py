@@ -1,0 +1,81 @@
+"""Batches of a run: the same at any time, in any process, with any number of workers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_diffusion.training.batches import Batch, BatchSource, Share, load_batches
+from tests.training_runs import draw_pictures, prepare, write_config
+
+
+@pytest.fixture(scope="module")
+def source(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> BatchSource:
+    folder = tmp_path_factory.mktemp("batches")
+    dataset = {"flip": True, "caption_dropout": 0.3, "repeats": 2}
+    loss = {"noise_offset": 0.1}
+    config = write_config(folder / "run.toml", tiny_sd1, draw_pictures(folder / "pictures"), dataset=dataset, loss=loss)
+    return prepare(config, "run.batch_size=4").source
+
+
+def _equal(a: Batch, b: Batch) -> bool:
+    tensors = ("latents", "noise", "timesteps", "weights")
+    return a.captions == b.captions and all(torch.equal(getattr(a, name), getattr(b, name)) for name in tensors)
+
+
+def test_same_index_gives_the_same_batch(source: BatchSource) -> None:
+    later = source[9]
+    assert _equal(source[0], source[0])
+    assert _equal(later, source[9])
+    assert not torch.equal(source[0].noise[0], source[1].noise[0])
+
+
+def test_number_of_workers_changes_nothing(source: BatchSource) -> None:
+    alone = list(load_batches(source, 3, 9, workers=0))
+    helped = list(load_batches(source, 3, 9, workers=2))
+    assert len(alone) == 6
+    assert all(_equal(a, b) for a, b in zip(alone, helped, strict=True))
+
+
+def test_two_processes_together_see_what_one_sees(source: BatchSource) -> None:
+    for index in range(source.batches.batches_per_epoch):
+        whole = source[index]
+        shares = []
+        for rank in (0, 1):
+            part = BatchSource(
+                source.samples, source.sources, source.batches, source.latents, source.draw, Share(rank, 2, 1)
+            )
+            shares.append(part[index])
+        real = torch.cat([share.weights for share in shares]) > 0
+        noise = torch.cat([share.noise for share in shares])[real]
+        assert torch.equal(noise, whole.noise)
+        # Gradients are averaged over processes, so each process's weights are twice as large.
+        assert sum(float(share.weights.sum()) for share in shares) / 2 == pytest.approx(1.0)
+
+
+def test_every_picture_comes_once_per_repeat_and_epoch(source: BatchSource) -> None:
+    names = [name for index in range(source.batches.batches_per_epoch) for name in source[index].names]
+    assert sorted(names) == sorted([sample.image.name for sample in source.samples] * 2)
+
+
+def test_repeats_of_a_picture_have_noise_of_their_own(source: BatchSource) -> None:
+    noises = {}
+    for index in range(source.batches.batches_per_epoch):
+        batch = source[index]
+        for name, noise in zip(batch.names, batch.noise, strict=True):
+            noises.setdefault(name, []).append(noise)
+    assert all(len(pair) == 2 and not torch.equal(*pair) for pair in noises.values())
+    assert len(noises) == 10
+
+
+def test_weights_of_an_accumulated_step_sum_to_one(source: BatchSource) -> None:
+    accumulated = BatchSource(
+        source.samples, source.sources, source.batches, source.latents, source.draw, replace(source.share, accumulation=3)
+    )
+    sizes = [len(accumulated[i].weights) for i in range(3)]
+    total = sum(float(accumulated[i].weights.sum()) for i in range(3))
+    assert total == pytest.approx(1.0)
+    assert float(accumulated[0].weights[0]) == pytest.approx(1 / sum(sizes))  # each picture counts the same
