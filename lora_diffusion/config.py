@@ -153,8 +153,6 @@ class AdapterConfig(Section):
     init: Literal["default", "gaussian"] = "default"
     """How the first matrix starts (the second is zero, so the adapter starts without effect): `default` as torch
     initialises a linear layer, `gaussian` from N(0, 1 / rank)."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the adapter's inputs set to zero in each step, against overfitting."""
 
 
 class DatasetConfig(Section):

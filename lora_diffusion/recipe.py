@@ -264,6 +264,7 @@ def _assemble(
     by_part = {name: [p for a in group.values() for p in _trained(a)] for name, group in adapters.items()}
     parameters = [parameter for group in by_part.values() for parameter in group]
     train_only_adapters(model, parameters)
+    model.schedule = model.schedule.to(accelerator.device)
     steps = run_steps(config, data)
     started_at = time.time()
     loss = DenoisingLoss(

@@ -12,10 +12,6 @@ from lora_diffusion.diffusion.schedule import Prediction
 HUBER_C = 0.1
 """Errors far above it count linearly; from Khrapov et al. 2024 (arXiv:2403.16728)."""
 
-MAX_SNR = 1000.0
-MIN_SNR = 1e-3
-"""Debiased weights grow without bound towards SNR 0; Stable Diffusion's lowest is 0.0047, so this changes only
-schedules with zero terminal SNR."""
 
 LossWeight = Callable[[Tensor, Prediction, float], Tensor]
 """(snr (B,), prediction, gamma) → (B,) float32, finite and not negative."""
@@ -61,15 +57,4 @@ def min_snr(snr: Tensor, prediction: Prediction, gamma: float) -> Tensor:
     return (gamma / snr).clamp(max=1.0)  # the same as min(SNR, gamma) / SNR, and 1 at SNR 0
 
 
-def debiased(snr: Tensor, prediction: Prediction, gamma: float) -> Tensor:
-    """1 / √SNR for epsilon, 1 / (SNR + 1) for v: more weight where there is much noise. SNR limited to [0.001, 1000].
-
-    Yu et al. 2023 (arXiv:2310.08442); the form for v is the one sd-scripts uses.
-    """
-    snr = snr.float().clamp(MIN_SNR, MAX_SNR)
-    if prediction == "v":
-        return 1 / (snr + 1)
-    return snr.rsqrt()
-
-
-LOSS_WEIGHTS: dict[str, LossWeight] = {"none": unweighted, "min-snr": min_snr, "debiased": debiased}
+LOSS_WEIGHTS: dict[str, LossWeight] = {"none": unweighted, "min-snr": min_snr}

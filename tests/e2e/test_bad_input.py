@@ -76,7 +76,10 @@ def test_wrong_input_is_told_before_training(tiny_sd1: Path, tmp_path: Path, cas
 def test_unwritable_output_is_told_before_training(tiny_sd1: Path, tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     config = write_config(
-        tmp_path / "run.toml", tiny_sd1, draw_pictures(tmp_path / "pictures"), run={"output": str(tmp_path / "locked/x")}
+        tmp_path / "run.toml",
+        tiny_sd1,
+        draw_pictures(tmp_path / "pictures"),
+        run={"output": str(tmp_path / "locked/x")},
     )
     result = CliRunner().invoke(app, ["train", "--config", str(config)])
     assert result.exit_code == 2

@@ -26,7 +26,9 @@ def _checkpoint(step: int) -> Checkpoint:
     optimizer = torch.optim.AdamW([parameter], lr=1e-3)
     parameter.sum().backward()
     optimizer.step()
-    return Checkpoint(step, {"a.lora_up.weight": parameter.detach()}, optimizer.state_dict(), {"seed": 3, "list": [1, 2]})
+    return Checkpoint(
+        step, {"a.lora_up.weight": parameter.detach()}, optimizer.state_dict(), {"seed": 3, "list": [1, 2]}
+    )
 
 
 def test_checkpoint_reads_back_equal(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ def draw(name: str) -> torch.Tensor:
 
 def test_both_dicts_are_filled() -> None:
     assert {"mse", "huber"} <= LOSSES.keys()
-    assert {"none", "min-snr", "debiased"} <= LOSS_WEIGHTS.keys()
+    assert {"none", "min-snr"} <= LOSS_WEIGHTS.keys()
 
 
 def test_mse_is_torchs_mean_squared_error_of_each_sample() -> None:
@@ -82,11 +82,3 @@ def test_min_snr_for_v_is_the_epsilon_weight_times_snr_over_snr_plus_one() -> No
 
 def test_min_snr_loses_its_effect_with_a_large_gamma() -> None:
     assert (LOSS_WEIGHTS["min-snr"](SNR, "epsilon", 1e4) == 1).all()
-
-
-def test_debiased_weights() -> None:
-    snr = torch.tensor([0.25, 4.0, 1175.5])
-    expected = torch.tensor([2.0, 0.5, 1000**-0.5])
-    torch.testing.assert_close(LOSS_WEIGHTS["debiased"](snr, "epsilon", 5.0), expected)
-    expected = torch.tensor([0.8, 0.2, 1 / 1001])
-    torch.testing.assert_close(LOSS_WEIGHTS["debiased"](snr, "v", 5.0), expected)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_diffusion.diffusion.noise import draw_noise, draw_pyramid_noise
+from lora_diffusion.diffusion.noise import draw_noise
 from lora_diffusion.streams import stream
 
 SHAPE = (4, 16, 24)
@@ -25,24 +25,7 @@ def test_the_offset_scales_its_standard_deviation() -> None:
     assert torch.stack(means)[:, :, 0, 0].std() == pytest.approx(0.5, abs=0.03)  # 2000 numbers: standard error 0.008
 
 
-def test_pyramid_noise_without_levels_is_plain_noise() -> None:
-    assert torch.equal(draw_pyramid_noise(SHAPE, stream(0, "n"), 0), draw_noise(SHAPE, stream(0, "n")))
-
-
-@pytest.mark.parametrize("levels", [1, 6, 100])
-def test_pyramid_noise_has_unit_variance_and_more_of_it_at_low_frequencies(levels: int) -> None:
-    plain = torch.stack([draw_noise(SHAPE, stream(i, "n")) for i in range(50)])
-    pyramid = torch.stack([draw_pyramid_noise(SHAPE, stream(i, "n"), levels, 0.6) for i in range(50)])
-    assert pyramid.std((1, 2, 3)) == pytest.approx(torch.ones(50), abs=1e-4)
-
-    def low(noise: torch.Tensor) -> float:
-        return float(torch.nn.functional.avg_pool2d(noise, 8).var())
-
-    assert low(pyramid) > 2 * low(plain)
-
-
 def test_noise_draws_nothing_from_the_global_generator() -> None:
     before = torch.get_rng_state()
     draw_noise(SHAPE, stream(0, "n"), 0.1)
-    draw_pyramid_noise(SHAPE, stream(0, "n"), 4)
     assert torch.equal(torch.get_rng_state(), before)

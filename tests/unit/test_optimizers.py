@@ -41,7 +41,8 @@ def test_optimizer_lowers_a_quadratic_or_names_the_missing_package(name: str) ->
 def test_adamw_equals_the_paper() -> None:
     """One step of Loshchilov & Hutter 2019 (arXiv:1711.05101), algorithm 2, by hand."""
     parameter = nn.Parameter(torch.tensor([1.0, -2.0]))
-    optimizer = build_optimizer("adamw", [parameter_group([parameter], 0.1)], weight_decay=0.5, betas=(0.9, 0.99), eps=1e-8)
+    groups = [parameter_group([parameter], 0.1)]
+    optimizer = build_optimizer("adamw", groups, weight_decay=0.5, betas=(0.9, 0.99), eps=1e-8)
     gradient = torch.tensor([0.3, -4.0])
     expected = torch.tensor([1.0, -2.0]) * (1 - 0.1 * 0.5) - 0.1 * gradient / (gradient.abs() + 1e-8)
     parameter.grad = gradient

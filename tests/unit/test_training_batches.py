@@ -73,7 +73,12 @@ def test_repeats_of_a_picture_have_noise_of_their_own(source: BatchSource) -> No
 
 def test_weights_of_an_accumulated_step_sum_to_one(source: BatchSource) -> None:
     accumulated = BatchSource(
-        source.samples, source.sources, source.batches, source.latents, source.draw, replace(source.share, accumulation=3)
+        source.samples,
+        source.sources,
+        source.batches,
+        source.latents,
+        source.draw,
+        replace(source.share, accumulation=3),
     )
     sizes = [len(accumulated[i].weights) for i in range(3)]
     total = sum(float(accumulated[i].weights.sum()) for i in range(3))

@@ -1,0 +1,46 @@
+# Each target first makes .venv with the pinned packages. On Windows, README.md has the plain pip lines.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+ARGS ?=
+
+.PHONY: train test lint format clean help
+
+help:  ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1: /p' Makefile
+
+train: $(VENV)/.installed  ## train configs/quickstart.toml; more options: make train ARGS="--resume --set run.steps=100"
+	$(LAUNCH) train.py --config configs/quickstart.toml $(ARGS)
+
+test: $(VENV)/.installed-dev  ## run the CPU tests; a part of them: make test ARGS="tests/unit -k config"
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev  ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(VENV)/.installed-dev  ## put the code in shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove .venv and caches; runs and samples stay
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache build *.egg-info
+
+$(VENV)/.installed: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
+	$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(INSTALL) -e '.[dev]'
+	@touch $@
+
+$(VENV)/pyvenv.cfg:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "Python 3.11 or newer is needed; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." \
+	         "If you have another one: make train PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	    echo "'$(PYTHON)' cannot make virtual environments. On Debian or Ubuntu: sudo apt install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)

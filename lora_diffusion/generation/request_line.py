@@ -1,0 +1,98 @@
+"""What `lora-diffusion generate` says in words: adapters with strengths, sizes, pictures in a folder."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from lora_diffusion.errors import UserError
+from lora_diffusion.formats.adapter_file import AdapterFile
+from lora_diffusion.generation.engine import Engine
+from lora_diffusion.generation.infotext import save_png, write_parameters
+from lora_diffusion.generation.request import Request
+from lora_diffusion.models.load import load_model
+from lora_diffusion.progress import Track, silent
+
+logger = logging.getLogger(__name__)
+
+HASH_KEY = "sshs_model_hash"
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def parse_adapter(text: str) -> tuple[Path, float]:
+    """`ink.safetensors:0.8` or `ink.safetensors`, whose strength is 1. Raises UserError on a strength that is none."""
+    file, colon, strength = text.rpartition(":")
+    if not colon or Path(text).exists() or strength.endswith(".safetensors"):
+        return Path(text), 1.0  # a colon may also be part of the path, as in C:\ink.safetensors
+    try:
+        value = float(strength)
+    except ValueError:
+        value = math.nan
+    if not file or not math.isfinite(value):
+        raise UserError(f"--adapter {text}: {strength!r} is not a strength. Write FILE or FILE:0.8.")
+    return Path(file), value
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`512x768`: width and height in pixels. Raises UserError for anything else."""
+    match = re.fullmatch(r"\s*(\d{1,5})\s*[x×X*]\s*(\d{1,5})\s*", text)
+    if not match:
+        raise UserError(f"--size {text}: write width and height in pixels, as in 512x768.")
+    return int(match[1]), int(match[2])
+
+
+def write_pictures(
+    base: str,
+    adapters: Sequence[Path],
+    requests: Sequence[Request],
+    out: Path,
+    *,
+    precision: str = "auto",
+    track: Track = silent,
+) -> list[Path]:
+    """Draw `requests` into the folder `out`, each with its settings in the PNG; returns the files in order.
+
+    adapters: files, which requests know by their name without the ending. Pictures are numbered on from those that the
+    folder has. Raises UserError before anything is drawn if a request or a file is wrong.
+    """
+    files = {path.stem: AdapterFile.read(path) for path in adapters}
+    if len(files) < len(adapters):
+        raise UserError("Two adapter files have the same name, so requests cannot tell them apart. Rename one of them.")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    engine = Engine(load_model(base, dtype=_dtype(precision, device), device=device))
+    for name, file in files.items():
+        for note in file.notes:
+            logger.warning("%s: %s", file.path, note)
+        engine.load_adapter(name, file)
+    requests = [engine.complete(request) for request in requests]
+    hashes = {name: file.metadata[HASH_KEY] for name, file in files.items() if HASH_KEY in file.metadata}
+    base_name = Path(base).name.removesuffix(".safetensors")
+    out.mkdir(parents=True, exist_ok=True)
+    number = 1 + max((int(path.name[:5]) for path in out.glob("[0-9][0-9][0-9][0-9][0-9]-*.png")), default=-1)
+    paths: list[Path] = []
+    starts = range(0, len(requests), engine.batch_size)
+    for start in track(starts, "drawing"):
+        batch = requests[start : start + engine.batch_size]
+        for request, image in zip(batch, engine.generate(batch), strict=True):
+            path = out / f"{number + len(paths):05d}-{request.seed}.png"
+            save_png(image, path, write_parameters(request, base_name, hashes))
+            paths.append(path)
+    return paths
+
+
+def _dtype(precision: str, device: torch.device) -> torch.dtype:
+    if precision == "auto":
+        if device.type == "cpu":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if precision not in _DTYPES:
+        raise UserError(f"--precision {precision}: use auto, {', '.join(_DTYPES)}.")
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("--precision fp16 overflows and is slow on a CPU. Use fp32, bf16 or auto.")
+    return _DTYPES[precision]

@@ -1,0 +1,138 @@
+"""Who may import whom, and who must never load torch. `docs/architecture.md` explains the layers."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "lora_diffusion"
+
+FOUNDATION = {"errors", "files", "progress", "streams", "container"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "progress": set(),
+    "streams": set(),
+    "files": {"errors"},
+    "container": {"errors"},
+    "config": {"errors"},
+    "runs": {"config", "errors", "files"},
+    "adapters": {"errors", "progress"},
+    "diffusion": {"errors"},
+    "data": FOUNDATION,
+    "formats": {"adapters"} | FOUNDATION,
+    "models": {"diffusion"} | FOUNDATION,
+    "generation": {"models", "adapters", "formats", "diffusion"} | FOUNDATION,
+    "training": {"data", "models", "adapters", "formats", "diffusion", "generation", "runs"} | FOUNDATION,
+}
+"""Group (a folder, a file, or the files config*.py) → groups below it. Everything else is on top and imports freely."""
+
+ON_TOP = {"recipe", "training_run", "check", "cli"}
+NEVER_TORCH = [
+    *(
+        "errors",
+        "files",
+        "progress",
+        "container",
+        "config",
+        "config_checks",
+        "config_errors",
+        "config_file",
+        "runs",
+        "cli",
+    ),
+    *("data.captions", "data.buckets", "formats.metadata"),
+]
+
+
+def modules() -> dict[str, ast.Module]:
+    """Dotted name below the package → syntax tree."""
+    paths = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    return {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in paths.items()}
+
+
+def group_of(module: str) -> str:
+    first = module.partition(".")[0]
+    return "config" if first.startswith("config") else first
+
+
+def imports(tree: ast.Module) -> Iterator[str]:
+    """Modules of the package that `tree` imports, wherever in the file; imports for annotations only do not count."""
+    for node in _running(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name[15:] for alias in node.names if alias.name.startswith("lora_diffusion."))
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in line {node.lineno}"
+            if node.module == "lora_diffusion":
+                yield from (alias.name for alias in node.names)
+            elif node.module and node.module.startswith("lora_diffusion."):
+                yield node.module[15:]
+
+
+def _running(node: ast.AST) -> Iterator[ast.AST]:
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING"):
+            yield from _running(child)
+
+
+def test_every_module_belongs_to_a_layer() -> None:
+    groups = {group_of(name) for name in modules()} - {"__init__"}
+
+    assert groups <= MAY_IMPORT.keys() | ON_TOP
+    assert len(modules()) > 30
+
+
+def test_imports_point_downwards_only() -> None:
+    wrong = [
+        f"{name} imports {imported}"
+        for name, tree in modules().items()
+        if (group := group_of(name)) in MAY_IMPORT
+        for imported in imports(tree)
+        if group_of(imported) not in MAY_IMPORT[group] | {group}
+    ]
+
+    assert wrong == []
+
+
+def test_the_table_itself_has_no_cycle() -> None:
+    order: list[str] = []
+    while waiting := MAY_IMPORT.keys() - set(order):
+        free = sorted(group for group in waiting if MAY_IMPORT[group] <= set(order))
+        assert free, f"a cycle among {sorted(waiting)}"
+        order += free
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    trees = modules()
+    edges = {name: {imported for imported in imports(tree) if imported in trees} for name, tree in trees.items()}
+    while leaves := [name for name, imported in edges.items() if not imported & edges.keys()]:
+        for name in leaves:
+            del edges[name]
+
+    assert edges == {}
+
+
+def test_package_init_files_hold_a_docstring_and_at_most_constants() -> None:
+    inits = {name: tree.body for name, tree in modules().items() if name.endswith("__init__")}
+    code = [
+        f"{name}, line {statement.lineno}"
+        for name, (docstring, *rest) in inits.items()
+        for statement in (docstring, *rest)
+        if not (isinstance(statement, ast.Expr | ast.Assign) and isinstance(statement.value, ast.Constant))
+    ]
+
+    assert len(inits) >= 5
+    assert code == []
+
+
+@pytest.mark.parametrize("module", NEVER_TORCH)
+def test_a_module_for_the_web_server_does_not_load_torch(module: str) -> None:
+    script = f"import sys, lora_diffusion.{module}; sys.exit('torch' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0

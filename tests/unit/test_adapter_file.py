@@ -1,0 +1,307 @@
+"""Adapter files: what we write is what was in memory, and means the same to diffusers; what others write, we read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from peft import LoraConfig
+from peft.utils.save_and_load import get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lora_diffusion.adapters.inject import inject, select_layers
+from lora_diffusion.adapters.lora import LoRA
+from lora_diffusion.errors import RunError
+from lora_diffusion.formats.adapter_file import AdapterFile, AdapterFileError
+from lora_diffusion.models.load import load_model
+from lora_diffusion.models.sd1 import SD1
+from tests.random_adapters import random_adapter
+from tests.tiny import make_tiny_sd1
+
+BOTH = ("unet", "text_encoder")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_sd1(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> SD1:
+    model = load_model(folder)
+    assert isinstance(model, SD1)
+    return model
+
+
+@pytest.fixture
+def pipeline(folder: Path) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+
+
+def adapter(model: SD1, targets: str = "full", alpha: float = 3.0) -> AdapterFile:
+    """Random weights of rank 4 for UNet and text encoder, at a scale that is not 1."""
+    file = random_adapter(model, seed=1, parts=BOTH, targets=targets)
+    return AdapterFile({name: {**parts, "alpha": torch.tensor(alpha)} for name, parts in file.modules.items()})
+
+
+def deltas(file: AdapterFile, model: SD1) -> dict[str, Tensor]:
+    """What the file adds to each weight, by kohya name."""
+    found = {}
+    for match in file.attach(model.parts).matches:
+        name = model.parts[match.part].file_name(match.path)
+        found[name] = LoRA.from_tensors(match.layer, match.tensors).delta()
+    return found
+
+
+def deltas_in_diffusers(pipeline: StableDiffusionPipeline, model: SD1) -> dict[str, Tensor]:
+    found = {}
+    for part, module in (("unet", pipeline.unet), ("text_encoder", pipeline.text_encoder)):
+        for path, layer in module.named_modules():
+            if hasattr(layer, "get_delta_weight"):
+                (name,) = layer.lora_A
+                delta = layer.get_delta_weight(name).detach()
+                found[model.parts[part].file_name(path)] = delta
+    return found
+
+
+def assert_same_deltas(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert first
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], atol=1e-6, rtol=1e-5)  # float32 products
+
+
+def same_modules(first: AdapterFile, second: AdapterFile) -> bool:
+    return first.modules.keys() == second.modules.keys() and all(
+        parts.keys() == second.modules[name].keys()
+        and all(torch.equal(parts[p], second.modules[name][p]) for p in parts)
+        for name, parts in first.modules.items()
+    )
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_written_file_reads_back_as_it_was(model: SD1, tmp_path: Path) -> None:
+    file = adapter(model)
+    file.write(tmp_path / "a.safetensors", dtype=torch.float32)
+    back = AdapterFile.read(tmp_path / "a.safetensors")
+    assert same_modules(back, file)
+    assert len(back.modules) == 122 + 12
+    assert (back.format, back.unread, back.notes) == ("kohya", (), ())
+
+
+def test_half_precision_rounds_the_weights_once_and_the_alpha_never(model: SD1, tmp_path: Path) -> None:
+    file = adapter(model, alpha=1 / 3)
+    file.write(tmp_path / "a.safetensors")
+    tensors = load_file(tmp_path / "a.safetensors")
+    for name, parts in file.modules.items():
+        assert torch.equal(tensors[f"{name}.lora_up.weight"], parts["lora_up.weight"].half())
+        alpha = tensors[f"{name}.alpha"]
+        assert (alpha.shape, alpha.dtype, alpha.item()) == (torch.Size([]), torch.float32, parts["alpha"].item())
+
+
+def test_live_adapters_are_collected_as_copies(model: SD1) -> None:
+    layers = select_layers(model.unet, "attention")
+    live = {path: LoRA(layer, 2, 1.0) for path, layer in layers.items()}
+    file = AdapterFile.collect(model.parts, {"unet": live})
+    path, lora = next(iter(live.items()))
+    with torch.no_grad():
+        lora.lora_up.weight.fill_(7.0)
+    parts = file.modules[model.parts["unet"].file_name(path)]
+    assert not parts["lora_up.weight"].any()
+    assert parts["alpha"] == 1.0
+
+
+@pytest.mark.parametrize("format", ["kohya", "peft"])
+def test_model_hash_is_the_sha256_of_the_bytes_after_the_header(model: SD1, tmp_path: Path, format: Any) -> None:
+    path = tmp_path / "a.safetensors"
+    adapter(model).write(path, format=format)
+    data = path.read_bytes()
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    start = 8 + int.from_bytes(data[:8], "little")
+    assert metadata["sshs_model_hash"] == hashlib.sha256(data[start:]).hexdigest()
+
+
+def test_metadata_is_kept_and_paths_are_not_added(model: SD1, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    AdapterFile(adapter(model).modules, {"ss_output_name": "ink"}).write(path)
+    metadata = AdapterFile.read(path).metadata
+    assert metadata.keys() == {"format", "ss_output_name", "sshs_model_hash"}
+    assert str(tmp_path) not in json.dumps(dict(metadata))
+
+
+def test_the_same_adapter_is_the_same_file(model: SD1, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        adapter(model).write(tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+def test_other_users_may_read_the_file_if_the_umask_lets_them(model: SD1, tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        adapter(model).write(tmp_path / "a.safetensors")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == 0o644
+
+
+@pytest.mark.parametrize("value", [1e6, float("nan")])
+def test_a_value_that_does_not_fit_is_an_error_and_the_old_file_stays(model: SD1, tmp_path: Path, value: float) -> None:
+    path = tmp_path / "a.safetensors"
+    adapter(model).write(path)
+    before = path.read_bytes()
+    damaged = adapter(model)
+    name, parts = next(iter(damaged.modules.items()))
+    parts["lora_up.weight"][0, 0] = value
+    with pytest.raises(RunError, match=rf"{name}.lora_up.weight is not finite as float16.*save as float32"):
+        damaged.write(path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+def test_a_folder_that_is_not_there_is_an_error_that_names_the_file(model: SD1, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"nowhere/a.safetensors: the adapter cannot be written \(No such file"):
+        adapter(model).write(tmp_path / "nowhere" / "a.safetensors")
+
+
+# --- diffusers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", ["kohya", "peft"])
+def test_diffusers_computes_the_same_change_from_our_file(
+    model: SD1, pipeline: StableDiffusionPipeline, tmp_path: Path, format: Any
+) -> None:
+    file = adapter(model)
+    file.write(tmp_path / "a.safetensors", format=format, dtype=torch.float32)
+    pipeline.load_lora_weights(tmp_path, weight_name="a.safetensors")
+    theirs = deltas_in_diffusers(pipeline, model)
+    assert len(theirs) == 134
+    assert_same_deltas(theirs, deltas(file, model))
+
+
+def test_peft_format_reads_back_as_the_same_change(model: SD1, tmp_path: Path) -> None:
+    file = adapter(model)
+    file.write(tmp_path / "a.safetensors", format="peft", dtype=torch.float32)
+    back = AdapterFile.read(tmp_path / "a.safetensors")
+    assert back.format == "peft"
+    assert_same_deltas(deltas(back, model), deltas(file, model))
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"rank_pattern": {"attn1.to_q": 2, "mlp.fc1": 3}}])
+@pytest.mark.parametrize("with_metadata", [True, False])
+def test_files_that_diffusers_writes_mean_the_same_to_us(
+    model: SD1, pipeline: StableDiffusionPipeline, tmp_path: Path, options: dict[str, Any], with_metadata: bool
+) -> None:
+    """Without metadata a file cannot say its alpha: every reader takes scale 1, so the trainer must have used 1."""
+    alpha: dict[str, Any] = (
+        {"lora_alpha": 3, "alpha_pattern": {"attn2.to_v": 5}} if with_metadata else {"lora_alpha": 4}
+    )
+    if not with_metadata and options:
+        pytest.skip("its scale would be lost in diffusers too")
+    targets = {"unet": ["to_q", "to_v", "conv1", "proj_in"], "text_encoder": ["q_proj", "fc1"]}
+    for part, module in (("unet", pipeline.unet), ("text_encoder", pipeline.text_encoder)):
+        config = LoraConfig(r=4, target_modules=targets[part], init_lora_weights=False, **alpha, **options)
+        module.add_adapter(config, "a")
+    weights = {f"{p}_lora_layers": get_peft_model_state_dict(getattr(pipeline, p), adapter_name="a") for p in BOTH}
+    configs = {f"{p}_lora_adapter_metadata": getattr(pipeline, p).peft_config["a"].to_dict() for p in BOTH}
+    StableDiffusionPipeline.save_lora_weights(tmp_path, **weights, **(configs if with_metadata else {}))
+    file = AdapterFile.read(tmp_path / "pytorch_lora_weights.safetensors")
+    assert ("lora_adapter_metadata" in file.metadata) == with_metadata
+    assert_same_deltas(deltas(file, model), deltas_in_diffusers(pipeline, model))
+
+
+# --- reading and attaching -------------------------------------------------------------------------------------------
+
+
+def save_kohya(file: AdapterFile, path: Path, rename: tuple[str, str] = ("", ""), **extra: Tensor) -> AdapterFile:
+    tensors = {f"{n}.{part}".replace(*rename): t for n, parts in file.modules.items() for part, t in parts.items()}
+    save_file({**tensors, **extra}, path)
+    return AdapterFile.read(path)
+
+
+def test_a_kohya_file_without_alpha_has_scale_1(model: SD1, tmp_path: Path) -> None:
+    file = adapter(model)
+    tensors = {f"{n}.{part}": t for n, parts in file.modules.items() for part, t in parts.items() if part != "alpha"}
+    save_file(tensors, tmp_path / "a.safetensors")
+    back = AdapterFile.read(tmp_path / "a.safetensors")
+    assert {parts["alpha"].item() for parts in back.modules.values()} == {4.0}
+
+
+def test_the_numbered_name_of_the_text_encoder_is_understood(model: SD1, tmp_path: Path) -> None:
+    file = adapter(model)
+    back = save_kohya(file, tmp_path / "a.safetensors", rename=("lora_te_", "lora_te1_"))
+    assert "lora_te1_text_model_encoder_layers_0_mlp_fc1" in back.modules
+    assert_same_deltas(deltas(back, model), deltas(file, model))
+
+
+def test_a_module_under_both_text_encoder_names_is_refused(model: SD1, tmp_path: Path) -> None:
+    file = adapter(model)
+    twice = {n.replace("lora_te_", "lora_te1_"): parts for n, parts in file.modules.items() if n.startswith("lora_te_")}
+    with pytest.raises(AdapterFileError, match="two names"):
+        AdapterFile({**file.modules, **twice}).attach(model.parts)
+
+
+def test_tensors_of_no_module_are_reported(model: SD1, tmp_path: Path) -> None:
+    back = save_kohya(adapter(model), tmp_path / "a.safetensors", step=torch.tensor(3))
+    assert back.unread == ("step",)
+    assert back.notes == ("1 tensors were not read: step",)
+
+
+def test_modules_that_the_base_lacks_are_reported(model: SD1) -> None:
+    file = adapter(model)
+    other = "lora_unet_down_blocks_9_attentions_0_proj_in"
+    found = AdapterFile({**file.modules, other: next(iter(file.modules.values()))}).attach(model.parts)
+    assert found.unread == (other,)
+    assert len(found.matches) == len(file.modules)
+
+
+def test_odd_but_usable_files_are_read_with_a_note(model: SD1, tmp_path: Path) -> None:
+    file = adapter(model, alpha=0.0)
+    for parts in file.modules.values():
+        parts["lora_up.weight"].zero_()
+    path = tmp_path / "a.safetensors"
+    AdapterFile(file.modules, {"ss_network_dim": "99"}).write(path)
+    notes = AdapterFile.read(path).notes
+    assert len(notes) == 3
+    assert notes[0] == "alpha is 0 in 134 of 134 modules: they change nothing"
+    assert notes[1] == "the weights are all 0 in 134 of 134 modules: they change nothing"
+    assert notes[2] == "the metadata says rank 99, the tensors have 4"
+
+
+def test_matrices_stand_for_1x1_convolutions(model: SD1) -> None:
+    file = adapter(model, targets="attention-mlp")
+    flat = {n: {part: t.flatten(1) if t.ndim == 4 else t for part, t in m.items()} for n, m in file.modules.items()}
+    assert any(t.ndim == 4 for parts in file.modules.values() for t in parts.values())
+    assert_same_deltas(deltas(AdapterFile(flat), model), deltas(file, model))
+
+
+def test_a_model_that_is_being_trained_takes_the_file_too(folder: Path, model: SD1) -> None:
+    adapted = load_model(folder)
+    layers = select_layers(adapted.parts["unet"].module, "attention")
+    inject(adapted.parts["unet"].module, layers, lambda _, layer: LoRA(layer, 2, 2.0))
+    file = adapter(model)
+    found = file.attach(adapted.parts)
+    assert {m.path for m in found.matches} == {m.path for m in file.attach(model.parts).matches}
+    assert all(isinstance(match.layer, nn.Linear | nn.Conv2d) for match in found.matches)
+
+
+def test_metadata_of_any_size_and_content_is_only_text(model: SD1, tmp_path: Path) -> None:
+    evil = {"ss_network_module": "os.system", "ss_tag_frequency": "[" * 200_000, "<script>": "x" * 2_000_000}
+    path = tmp_path / "a.safetensors"
+    AdapterFile(adapter(model).modules, evil).write(path)
+    back = AdapterFile.read(path)
+    assert {key: back.metadata[key] for key in evil} == evil
+    assert same_modules(back, AdapterFile.read(path))
