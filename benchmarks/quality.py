@@ -2,8 +2,8 @@
 
     python -m benchmarks.quality --config configs/quickstart.toml --seeds 1 2 3 --set run.steps=200 --out results.json
 
-Trains every style with every seed from scratch and draws 64 prompts that the data sets do not hold. One cell moves by up
-to 30 points with the seed, so only means over seeds are compared.
+Trains every style with every seed from scratch and draws 64 prompts that the data sets do not hold. One cell moves by
+up to 30 points with the seed, so only means over seeds are compared.
 """
 
 from __future__ import annotations

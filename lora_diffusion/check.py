@@ -9,7 +9,7 @@ from typing import Any
 from lora_diffusion.adapters.base import Adapter
 from lora_diffusion.config import TrainConfig
 from lora_diffusion.data.duplicates import find_near_duplicates
-from lora_diffusion.data.folder import build_report
+from lora_diffusion.data.folder import NO_CAPTION, build_report
 from lora_diffusion.progress import Track, silent
 from lora_diffusion.recipe import (
     TrainingSet,
@@ -98,7 +98,7 @@ def check_run(config: TrainConfig, track: Track = silent) -> CheckReport:
         images=data_report["summary"]["images"],
         images_left_out=data_report["summary"]["left_out"],
         images_for_validation=len(data.validation),
-        captions_missing=len(_files_of(data_report, "missing caption")),
+        captions_missing=sum(note["kind"].startswith(NO_CAPTION) for note in data_report["notes"]),
         captions_cut=data_report["summary"]["captions_cut"],
         longest_caption_tokens=max(tokens.values(), default=0),
         buckets=data_report["summary"]["buckets"],
@@ -114,7 +114,7 @@ def check_run(config: TrainConfig, track: Track = silent) -> CheckReport:
         seconds_per_step=step.seconds,
         training_seconds=step.seconds * steps,
         memory_bytes=step.memory_bytes,
-        findings=_findings(data, data_report, track),
+        findings=_findings(config, data, data_report, track),
     )
 
 
@@ -122,17 +122,14 @@ def _num_trained(adapters: list[Adapter]) -> int:
     return sum(p.numel() for adapter in adapters for p in adapter.parameters() if p.requires_grad)
 
 
-def _files_of(report: dict[str, Any], kind: str) -> tuple[str, ...]:
-    return tuple(note["file"] for note in report["notes"] if note["kind"] == kind)
-
-
-def _findings(data: TrainingSet, report: dict[str, Any], track: Track) -> tuple[Finding, ...]:
+def _findings(config: TrainConfig, data: TrainingSet, report: dict[str, Any], track: Track) -> tuple[Finding, ...]:
     """Everything a person may want to act on, the gravest first."""
     notes: dict[str, list[str]] = {}
     for note in report["notes"]:
         notes.setdefault(note["kind"], []).append(f"{note['file']}: {note['message']}")
     near = find_near_duplicates([*data.training, *data.validation], track=track)
     found = [
+        Finding("settings without effect", config.warnings()),
         Finding("files left out", tuple(f"{entry['file']}: {entry['reason']}" for entry in report["left_out"])),
         Finding(
             "captions longer than the text encoder reads: the end is cut off",

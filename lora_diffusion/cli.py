@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import sys
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +15,7 @@ from lora_diffusion.errors import RunError, UserError
 from lora_diffusion.progress import bar, silent
 
 if TYPE_CHECKING:
-    from lora_diffusion.generation.engine import Request
+    from lora_diffusion.generation.request import Request
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def generate(
     negative: Annotated[str, typer.Option(help="What to keep out of the picture.")] = "",
     seed: Annotated[int, typer.Option(min=0, help="The first picture's seed; each further one adds 1.")] = 0,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 25,
-    cfg: Annotated[float, typer.Option(min=0.0, help="Guidance scale; 1 switches it off.")] = 7.0,
+    cfg: Annotated[float, typer.Option(min=1.0, help="Guidance scale; 1 switches it off.")] = 7.0,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels; the model's own size if left out.")] = None,
     sampler: Annotated[str, typer.Option(help="For example ddim, euler, euler-a, dpm++2m-karras, unipc.")] = "ddim",
     count: Annotated[int, typer.Option(min=1, help="Pictures per prompt.")] = 1,
@@ -100,7 +100,7 @@ def generate(
         adapters = dict(parse_adapter(text) for text in adapter or ())
         picture_size = parse_size(size) if size else None
 
-        from lora_diffusion.generation.engine import Request
+        from lora_diffusion.generation.request import Request, adapter_name
 
         requests: list[Request] = [
             Request(
@@ -112,7 +112,7 @@ def generate(
                 size=picture_size,
                 sampler=sampler,
                 clip_skip=clip_skip,
-                adapters={path.stem: strength for path, strength in adapters.items()},
+                adapters={adapter_name(path.stem): strength for path, strength in adapters.items()},
             )
             for text in prompt
             for index in range(count)
@@ -124,7 +124,12 @@ def generate(
 @contextmanager
 def errors_as_messages(debug: bool) -> Iterator[None]:
     """Print a project error as its message and leave with its exit status; a traceback only with `debug`."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    terminal = logging.StreamHandler()
+    terminal.addFilter(lambda record: not getattr(record, "file_only", False))
+    logging.basicConfig(format="%(message)s", handlers=[terminal])
+    logging.getLogger("lora_diffusion").setLevel(logging.INFO)
+    for library in ("TRANSFORMERS", "DIFFUSERS"):  # their notes are about parts of them that we do not use
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     try:
         yield
     except (UserError, RunError) as error:

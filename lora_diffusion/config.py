@@ -30,9 +30,9 @@ def _square(size: object) -> object:
 
 
 def _file_name(name: str) -> str:
-    if not re.fullmatch(r'[^<>:"/\\|?*\x00-\x1f\x7f]{1,100}', name) or name[0] in ". " or name[-1] in ". ":
+    if not re.fullmatch(r'[^<>:,"/\\|?*\x00-\x1f\x7f]{1,100}', name) or name[0] in ". " or name[-1] in ". ":
         raise ValueError(
-            'it becomes a file name: 1 to 100 characters, none of < > : " / \\ | ? *, no dot or space at an end'
+            'it becomes a file name: 1 to 100 characters, none of < > : , " / \\ | ? *, no dot or space at an end'
         )
     return name
 
@@ -252,7 +252,7 @@ class PreviewConfig(Section):
     """Seed of the first prompt's picture; the following ones count up."""
     steps: int = Field(default=25, ge=1, le=1000)
     """Denoising steps per picture."""
-    cfg: float = Field(default=7.0, ge=0, le=100)
+    cfg: float = Field(default=7.0, ge=1, le=100)
     """How strictly to follow the prompt. 1: no guidance, twice as fast."""
     sampler: Literal["ddim", "euler", "euler-a", "heun", "lms", "dpm++2m", "dpm++2m-karras", "unipc"] = "ddim"
     """Sampling method, by the name other programs use."""

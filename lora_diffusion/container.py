@@ -18,6 +18,7 @@ from typing import Any
 from lora_diffusion.errors import UserError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 BITS = {"BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64}
 BITS |= {"F16": 16, "BF16": 16, "F32": 32, "F64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "C64": 64}
 
@@ -65,24 +66,37 @@ def read_header(path: Path) -> Header:
     return _parse(path, raw, data_size=status.st_size - 8 - length)
 
 
+def with_metadata(data: bytes, metadata: Mapping[str, str]) -> bytes:
+    """A serialised file with `metadata` in its header, in the order of the keys.
+
+    The safetensors library writes metadata in a random order, so the same content would not be the same file.
+    """
+    start = 8 + int.from_bytes(data[:8], "little")
+    entries = json.loads(data[8:start])
+    entries.pop("__metadata__", None)
+    header = json.dumps({"__metadata__": dict(sorted(metadata.items())), **entries}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # keeps the tensors aligned
+    return len(header).to_bytes(8, "little") + header + data[start:]
+
+
 def _open_without_waiting(path: str, flags: int) -> int:
     """Opens like `os.open`, but a named pipe fails the check above instead of blocking for ever."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _header_length(path: Path, start: bytes, size: int) -> int:
-    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+    length = int.from_bytes(start, "little")
+    if len(start) == 8 and length <= min(MAX_HEADER_BYTES, size - 8):
+        return length
+    if start.startswith(PICKLE_STARTS):  # a sound length may begin with these bytes too, so only here
         raise ContainerError(
             f"{path}: this is a pickled PyTorch file, whatever its name says. Pickles can run code and are not "
             "opened. Get the .safetensors version, or convert the file in a sandbox you trust."
         )
-    length = int.from_bytes(start, "little")
-    if len(start) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-        raise ContainerError(
-            f"{path}: not a safetensors file, or cut short ({size} bytes in all, the header alone should have "
-            f"{length}). Download or copy it again."
-        )
-    return length
+    raise ContainerError(
+        f"{path}: not a safetensors file, or cut short ({size} bytes in all, the header alone should have "
+        f"{length}). Download or copy it again."
+    )
 
 
 def _parse(path: Path, raw: bytes, data_size: int) -> Header:

@@ -7,7 +7,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,8 +23,7 @@ from lora_diffusion.data.batches import BatchList
 from lora_diffusion.data.buckets import Bucket, Size, make_buckets
 from lora_diffusion.data.cache import LatentCache, TextCache
 from lora_diffusion.data.captions import CaptionOptions, vary_caption
-from lora_diffusion.data.folder import Sample, Scan, scan_folder
-from lora_diffusion.data.folder import write_report
+from lora_diffusion.data.folder import Sample, Scan, scan_folder, write_report
 from lora_diffusion.errors import UserError
 from lora_diffusion.formats.metadata import TrainingFacts, build_metadata
 from lora_diffusion.generation.engine import Engine, Request
@@ -68,17 +67,19 @@ def build(
     """Everything a run needs, ready to `fit()`. Raises UserError before any training when an input is wrong."""
     dtype = resolve_precision(config.run.precision, accelerator.device)
     model = load_base(config, dtype, accelerator.device)
+    previewer = make_previewer(config, run, model)
     data = read_training_set(config, model, accelerator.num_processes, track)
+    run_steps(config, data)
     with accelerator.main_process_first():  # one process fills the caches, the others find them filled
         latents, text = fill_caches(config, model, data, track)
     adapters = inject_adapters(config, model)
     if config.model.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
-    if accelerator.is_main_process:
-        write_report(run.dataset_report, data.scans, token_counts(config, model, data), config.model.max_tokens)
-    trainer = _assemble(config, run, accelerator, model, data, latents, text, adapters)
+    trainer = _assemble(config, run, accelerator, model, data, latents, text, adapters, previewer)
     if resume:
         resume_from_newest(trainer)
+    if accelerator.is_main_process:
+        write_report(run.dataset_report, data.scans, token_counts(config, model, data), config.model.max_tokens)
     return trainer
 
 
@@ -138,6 +139,8 @@ def read_training_set(config: TrainConfig, model: DiffusionModel, num_processes:
     samples = [sample for scan in scans for sample in scan.samples]
     fraction = config.validation.fraction if config.validation.every else 0.0
     training, validation = split_validation(samples, fraction, config.run.seed)
+    options = [caption_options(table) for table in config.dataset]
+    validation = [replace(s, caption=_plain_caption(s.caption, options[s.source])) for s in validation]
     batches = BatchList(
         buckets=[sample.bucket for sample in training],
         ids=[sample.id for sample in training],
@@ -170,12 +173,15 @@ def buckets_of(table: DatasetConfig, model: DiffusionModel) -> tuple[Bucket, ...
 def fill_caches(
     config: TrainConfig, model: DiffusionModel, data: TrainingSet, track: Track
 ) -> tuple[LatentCache, TextCache]:
-    """Encode what is not cached yet. Random captions beyond the first epoch's are encoded when they come up."""
+    """Encode what is not cached yet. Captions that chance makes are encoded when they come up."""
     folder = Path(config.cache.folder) if config.cache.enabled else None
     latents = LatentCache(folder, model.vae_id, model.encode_image)
-    flips = any(table.flip for table in config.dataset)
-    report = latents.fill((*data.training, *data.validation), flips=flips, batch_size=4, track=track)
-    logger.info("latents: %s", report)
+    for flips in (False, True):
+        samples = [sample for sample in data.training if config.dataset[sample.source].flip == flips]
+        samples += data.validation if not flips else ()  # validation never mirrors
+        if samples:
+            report = latents.fill(samples, flips=flips, batch_size=4, track=track)
+            logger.info("latents%s: %s", " and mirror images" if flips else "", report)
     chunks = config.model.max_tokens // 75
     clip_skip = config.model.clip_skip
 
@@ -190,10 +196,10 @@ def fill_caches(
 
 
 def _first_captions(config: TrainConfig, data: TrainingSet) -> list[str]:
-    """Each sample's caption as it stands with prefix and suffix, and the empty caption where captions may drop out."""
+    """Each caption with prefix and suffix, and the empty caption where captions may drop out."""
     options = [caption_options(table) for table in config.dataset]
-    samples = (*data.training, *data.validation)
-    captions = {_plain_caption(sample.caption, options[sample.source]) for sample in samples}
+    captions = {_plain_caption(sample.caption, options[sample.source]) for sample in data.training}
+    captions |= {sample.caption for sample in data.validation}
     if any(option.dropout > 0 for option in options):
         captions.add("")
     return sorted(captions)
@@ -260,6 +266,7 @@ def _assemble(
     latents: LatentCache,
     text: TextCache,
     adapters: dict[str, dict[str, Adapter]],
+    previewer: Previewer,
 ) -> Trainer:
     by_part = {name: [p for a in group.values() for p in _trained(a)] for name, group in adapters.items()}
     parameters = [parameter for group in by_part.values() for parameter in group]
@@ -304,9 +311,13 @@ def _assemble(
         plan=_plan(config, steps),
         run=run,
         exporter=exporter,
-        previewer=_previewer(config, run, model),
+        previewer=previewer,
         validator=Validator(data.validation, latents, encode, config.run.seed) if data.validation else None,
-        facts={"config": config.model_dump(mode="json"), "dataset": data.fingerprint},
+        facts={
+            "config": config.model_dump(mode="json"),
+            "dataset": data.fingerprint,
+            "global_batch_size": config.run.batch_size * accelerator.num_processes,
+        },
         name=config.run.name,
     )
 
@@ -317,11 +328,17 @@ def _trained(adapter: Adapter) -> list[nn.Parameter]:
 
 
 def run_steps(config: TrainConfig, data: TrainingSet) -> int:
-    """Optimiser steps of the whole run, from `steps` or from `epochs`."""
+    """Optimiser steps of the whole run, from `steps` or `epochs`. Raises UserError if the warm-up takes them all."""
     if config.run.steps is not None:
         return config.run.steps
     micro_batches = (config.run.epochs or 0) * data.batches.batches_per_epoch
-    return max(1, -(-micro_batches // config.run.gradient_accumulation))
+    steps = -(-micro_batches // config.run.gradient_accumulation)
+    if config.schedule.warmup_steps >= steps:
+        raise UserError(
+            f"schedule.warmup_steps is {config.schedule.warmup_steps}, but run.epochs = {config.run.epochs} makes "
+            f"{steps} steps of this data set: the warm-up must be shorter."
+        )
+    return steps
 
 
 def _batch_source(
@@ -361,8 +378,9 @@ def _plan(config: TrainConfig, steps: int) -> Plan:
     )
 
 
-def _previewer(config: TrainConfig, run: RunFolder, model: DiffusionModel) -> Previewer:
-    preview = config.preview
+def make_previewer(config: TrainConfig, run: RunFolder, model: DiffusionModel) -> Previewer:
+    """Raises UserError when a preview cannot be drawn as asked, for example in this size."""
+    preview, engine = config.preview, Engine(model)
     requests = [
         Request(
             prompt=prompt,
@@ -376,7 +394,8 @@ def _previewer(config: TrainConfig, run: RunFolder, model: DiffusionModel) -> Pr
         )
         for index, prompt in enumerate(preview.prompts)
     ]
-    return Previewer(Engine(model), requests, run.previews, Path(config.model.path).name)
+    requests = [engine.complete(request) for request in requests]
+    return Previewer(engine, requests, run.previews, Path(config.model.path).name)
 
 
 def _facts(

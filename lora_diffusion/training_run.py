@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import torch
+
 from lora_diffusion.config import TrainConfig
 from lora_diffusion.errors import RunError, UserError
 from lora_diffusion.files import write_text_atomically
@@ -18,7 +20,7 @@ from lora_diffusion.training.export import write_model_card
 from lora_diffusion.training.tracking import latest_per_step, read_metrics
 from lora_diffusion.training.trainer import Trainer
 
-logger = logging.getLogger("lora_diffusion")
+logger = logging.getLogger(__name__)
 
 CONTACT_SHEET = "contact-sheet.png"
 LOSS_PLOT = "loss.png"
@@ -33,56 +35,85 @@ def run_training(config: TrainConfig, *, resume: bool) -> Path:
     run = RunFolder(config.run.output)
     is_main = accelerator.is_main_process
     if not is_main:
-        logger.setLevel(logging.ERROR)
+        logging.getLogger("lora_diffusion").setLevel(logging.ERROR)
     with run.lock() if is_main else nullcontext():
-        if is_main:
-            _prepare(config, run, resume)
+        previous = run.prepare(resume=resume) if is_main else None
         accelerator.wait_for_everyone()
-        with _log_file(run.log) if is_main else nullcontext(), _recorded_end(run) if is_main else nullcontext():
+        with _log_file(run.log) if is_main else nullcontext(), _recorded_end(run, resume) if is_main else nullcontext():
+            if is_main:
+                _announce(config, run, previous, resume)
             trainer = build(config, run, accelerator, resume=resume, track=bar if is_main else silent)
+            if is_main:  # only now: a resume that was refused leaves the run's settings and state as they were
+                write_text_atomically(run.config, config.to_toml())
+                run.begin(trainer.step, trainer.plan.steps)
             adapter = trainer.fit()
             if is_main:
                 _leave_behind(config, run, trainer, adapter)
     return adapter
 
 
-def _prepare(config: TrainConfig, run: RunFolder, resume: bool) -> None:
-    previous = run.prepare(resume=resume)
+def _announce(config: TrainConfig, run: RunFolder, previous: Path | None, resume: bool) -> None:
     if previous is not None:
         logger.info("The earlier run in %s moved to %s.", run.path, previous)
     for warning in config.warnings():
         logger.warning("%s", warning)
-    write_text_atomically(run.config, config.to_toml())
     run.control.mkdir(exist_ok=True)
-    run.begin(0, config.run.steps or 0)
+    if not resume:  # a run that ends while pictures are encoded still says what it was
+        write_text_atomically(run.config, config.to_toml())
+        run.begin(0, config.run.steps or 0)
 
 
 @contextmanager
 def _log_file(path: Path) -> Iterator[None]:
-    """Also write to log.txt what is logged inside the block."""
+    """Also write to log.txt what is logged inside the block, and the error that ends it."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
     root = logging.getLogger()
     root.addHandler(handler)
     try:
         yield
+    except BaseException as error:  # the terminal shows it later, when it has left all blocks
+        message = f"{type(error).__name__}: {error}"
+        handler.handle(logger.makeRecord(logger.name, logging.ERROR, __file__, 0, message, (), None))
+        raise
     finally:
         root.removeHandler(handler)
         handler.close()
 
 
 @contextmanager
-def _recorded_end(run: RunFolder) -> Iterator[None]:
-    """Whatever ends the block early is written to state.json before it goes on its way."""
+def _recorded_end(run: RunFolder, resume: bool) -> Iterator[None]:
+    """Whatever ends the block early is written to state.json before it goes on its way.
+
+    Running out of memory becomes a RunError that says what to change. An input error before a resume changes nothing.
+    """
+    before = run.read_state()
     try:
         yield
     except BaseException as error:
-        message, hint = str(error) or type(error).__name__, ""
-        if not isinstance(error, UserError | RunError):
+        told = _out_of_memory(run) if _is_out_of_memory(error) else error
+        hint = ""
+        if not isinstance(told, UserError | RunError):
             hint = "This is a fault of the program or the machine, not of the config. Run again with --debug."
-        run.end("failed", Failure(type(error).__name__, message, hint))
-        logger.error("%s: %s", type(error).__name__, message)
+        if not (resume and isinstance(told, UserError) and run.read_state() == before):
+            run.end("failed", Failure(type(told).__name__, str(told) or type(told).__name__, hint))
+        if told is not error:
+            raise told from error
         raise
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # The CPU allocator has no exception class of its own.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def _out_of_memory(run: RunFolder) -> RunError:
+    peak = f" (peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GB)" if torch.cuda.is_available() else ""
+    saved = f" Continue from {run.checkpoints} with --resume." if run.has_checkpoint else ""
+    return RunError(
+        f"Out of memory{peak}. Set [model] gradient_checkpointing = true; then lower [run] batch_size and raise "
+        f"gradient_accumulation by the same factor; then lower [[dataset]] resolution.{saved}"
+    )
 
 
 def _leave_behind(config: TrainConfig, run: RunFolder, trainer: Trainer, adapter: Path) -> None:
@@ -91,21 +122,19 @@ def _leave_behind(config: TrainConfig, run: RunFolder, trainer: Trainer, adapter
     if metrics:
         loss_plot(metrics, run.path / LOSS_PLOT, title=config.run.name)
     has_sheet = trainer.previewer.draw_contact_sheet(run.path / CONTACT_SHEET)
-    is_complete = trainer.step >= trainer.plan.steps
     write_model_card(
         run.model_card,
         adapter=adapter,
         base=config.model.path,
-        trigger_example=config.preview.prompts[0] if config.preview.prompts else "your prompt",
+        prompt=config.preview.prompts[0] if config.preview.prompts else "your prompt",
         rank=config.adapter.rank,
         steps=trainer.step,
     )
+    is_complete = trainer.step >= trainer.plan.steps
     run.end("finished" if is_complete else "stopped")
     if not is_complete:
-        logger.info(
-            "Stopped (%s) at step %d of %d; everything is saved. Continue with --resume.",
-            trainer.stop.reason, trainer.step, trainer.plan.steps,
-        )  # fmt: skip
+        reason, step, steps = trainer.stop.reason, trainer.step, trainer.plan.steps
+        logger.info("Stopped (%s) at step %d of %d; everything is saved. Continue with --resume.", reason, step, steps)
     logger.info("adapter            %s", adapter)
     if has_sheet:
         logger.info("before and after   %s", run.path / CONTACT_SHEET)

@@ -115,13 +115,15 @@ class Readers(nn.Module):
         super().__init__()
         self.heads = nn.ModuleList(nn.Linear(TEXT_WIDTH, len(choices)) for _, choices in QUESTIONS)
 
-    def forward(self, hidden: Tensor, labels: Tensor, ends: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, labels: Tensor, ends: Tensor, generator: torch.Generator) -> Tensor:
         """Summed cross-entropy of the answers read at the end token and at a random position after it.
 
         hidden: (B, 77, C). labels: (B, questions). ends: (B,), position of the first end token.
         """
         rows = torch.arange(len(hidden))
-        later = (ends + 1 + (torch.rand(len(ends)) * (MAX_TOKENS - 1 - ends)).long()).clamp(max=MAX_TOKENS - 1)
+        later = (ends + 1 + (torch.rand(len(ends), generator=generator) * (MAX_TOKENS - 1 - ends)).long()).clamp(
+            max=MAX_TOKENS - 1
+        )
         states = torch.cat([hidden[rows, ends], hidden[rows, later]])
         losses = [
             functional.cross_entropy(head(states).float(), labels[:, i].repeat(2)) for i, head in enumerate(self.heads)
@@ -151,10 +153,11 @@ def pretrain_text_encoder(
     A UNet trained with an untrained text encoder did not learn to follow its prompts in any time we could afford.
     """
     rng = random.Random(seed + process_rank())
+    generator = torch.Generator().manual_seed(seed + process_rank())
     trainer = MixedPrecisionTrainer({"encoder": encoder, "readers": readers}, LEARNING_RATE, checkpoint)
     for share in training_steps(trainer, budget_s, "text"):
         ids, labels, ends = lesson_batch(tokenizer, rng, BATCH_SIZE)
-        loss = readers(encoder(ids).last_hidden_state, labels, ends)
+        loss = readers(encoder(ids).last_hidden_state, labels, ends, generator)
         trainer.step(loss, learning_rate_factor(share, FLAT_UNTIL))
     trainer.finish()
     ids, labels, ends = lesson_batch(tokenizer, rng, 500)

@@ -109,7 +109,7 @@ def train_unet(models: Denoiser, data: Latents, budget_s: float, checkpoint: Pat
     """Train UNet and text encoder to predict noise, and leave their moving averages in them."""
     trainer = models.trainer(checkpoint)
     models.unet.set_attn_processor(AttnProcessor())  # measured faster than torch's fused attention on a CPU
-    generator = torch.Generator().manual_seed(seed + process_rank() + trainer.steps)
+    generator = torch.Generator().manual_seed(seed + process_rank())
     rng = random.Random(seed + process_rank())
     alpha_bar = new_scheduler().alphas_cumprod
     no_caption = token_ids(models.tokenizer, [""])[0]
@@ -132,7 +132,7 @@ def train_unet(models: Denoiser, data: Latents, budget_s: float, checkpoint: Pat
         loss = ((prediction - noise).square().mean(dim=(1, 2, 3)) * (snr.clamp(max=SNR_LIMIT) / snr)).mean()
         if trainer.steps % READING_EVERY == 0:
             ids, labels, ends = lesson_batch(models.tokenizer, rng, BATCH_SIZE)
-            loss = loss + 0.1 * models.readers(models.text_encoder(ids).last_hidden_state, labels, ends)
+            loss = loss + 0.1 * models.readers(models.text_encoder(ids).last_hidden_state, labels, ends, generator)
         trainer.step(loss, learning_rate_factor(share, FLAT_UNTIL))
     trainer.finish()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from samples.captions import random_scene
 from samples.drawing import Scene
-from samples.styles import STYLES, picture_array
+from samples.styles import STYLES
 from samples.training import (
     MixedPrecisionTrainer,
     learning_rate_factor,
@@ -50,10 +51,14 @@ def new_vae() -> AutoencoderKL:
     return vae
 
 
-def draw_pool(size: int, seed: int) -> Tensor:
-    """`size` pictures in all styles, uint8 (N, 3, 64, 64)."""
-    names = random.Random(seed).choices(list(STYLE_SHARES), weights=list(STYLE_SHARES.values()), k=size)
-    return draw_pictures(random_scenes(size, seed), names)
+def random_batches(generator: torch.Generator) -> Iterator[Tensor]:
+    """Endless batches (8, 3, 64, 64) of pictures in all styles, from a pool that is drawn when the first is needed."""
+    names = random.Random(generator.initial_seed()).choices(
+        list(STYLE_SHARES), weights=list(STYLE_SHARES.values()), k=POOL_SIZE
+    )
+    pool = draw_pictures(random_scenes(POOL_SIZE, generator.initial_seed()), names)
+    while True:
+        yield to_signed(pool[torch.randint(POOL_SIZE, (BATCH_SIZE,), generator=generator)])
 
 
 def random_scenes(count: int, seed: int) -> list[Scene]:
@@ -64,7 +69,7 @@ def random_scenes(count: int, seed: int) -> list[Scene]:
 def draw_pictures(scenes: list[Scene], styles: list[str]) -> Tensor:
     """uint8 (N, 3, 64, 64)."""
     pictures = [STYLES[style](scene, PICTURE_PX) for scene, style in zip(scenes, styles, strict=True)]
-    return torch.from_numpy(np.ascontiguousarray(picture_array(pictures)))
+    return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2).contiguous()
 
 
 def to_signed(pictures: Tensor) -> Tensor:
@@ -75,11 +80,8 @@ def to_signed(pictures: Tensor) -> Tensor:
 def train_vae(vae: AutoencoderKL, budget_s: float, checkpoint: Path, seed: int) -> None:
     """Train all of the VAE and leave its moving average in it."""
     trainer = MixedPrecisionTrainer({"vae": vae}, LEARNING_RATE, checkpoint)
-    seed += process_rank()
-    generator = torch.Generator().manual_seed(seed)
-    pool = draw_pool(POOL_SIZE, seed)
-    for share in training_steps(trainer, budget_s, "vae"):
-        pictures = to_signed(pool[torch.randint(len(pool), (BATCH_SIZE,), generator=generator)])
+    generator = torch.Generator().manual_seed(seed + process_rank())
+    for share, pictures in zip(training_steps(trainer, budget_s, "vae"), random_batches(generator), strict=False):
         posterior = vae.encode(pictures).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         latents = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator)
@@ -94,11 +96,8 @@ def train_decoder(vae: AutoencoderKL, budget_s: float, checkpoint: Path, seed: i
     """Sharpen the decoder only: the encoder, and with it the latents the UNet knows, stay as they are."""
     encoder = copy.deepcopy(vae).to(torch.bfloat16)
     trainer = MixedPrecisionTrainer({"decoder": vae.decoder}, DECODER_LEARNING_RATE, checkpoint)
-    seed += process_rank()
-    generator = torch.Generator().manual_seed(seed)
-    pool = draw_pool(POOL_SIZE, seed)
-    for share in training_steps(trainer, budget_s, "decoder"):
-        pictures = to_signed(pool[torch.randint(len(pool), (BATCH_SIZE,), generator=generator)])
+    generator = torch.Generator().manual_seed(seed + process_rank())
+    for share, pictures in zip(training_steps(trainer, budget_s, "decoder"), random_batches(generator), strict=False):
         with torch.no_grad():
             latents = encoder.encode(pictures).latent_dist.mean.float()
             latents += DECODER_LATENT_NOISE / LATENT_SCALE * torch.randn(latents.shape, generator=generator)

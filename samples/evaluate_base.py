@@ -20,6 +20,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 
+from samples.grids import grid
 from samples.judge import Judge
 from samples.prompts import base_prompts
 
@@ -58,17 +59,6 @@ def generate(pipeline: StableDiffusionPipeline, texts: Sequence[str], seeds: Seq
         options = {"num_inference_steps": NUM_STEPS, "guidance_scale": GUIDANCE, "generator": generators}
         images += pipeline(list(texts[batch]), **options).images
     return images
-
-
-def grid(images: Sequence[Image.Image], columns: int, zoom: int) -> Image.Image:
-    """Pictures side by side, each pixel `zoom` pixels wide, with thin gaps."""
-    side, gap = images[0].width * zoom, 2
-    rows = -(-len(images) // columns)
-    canvas = Image.new("RGB", (columns * (side + gap) - gap, rows * (side + gap) - gap), "white")
-    for i, image in enumerate(images):
-        place = (i % columns * (side + gap), i // columns * (side + gap))
-        canvas.paste(image.resize((side, side), Image.Resampling.NEAREST), place)
-    return canvas
 
 
 def evaluate(pipeline: StableDiffusionPipeline) -> tuple[dict[str, object], list[Image.Image]]:

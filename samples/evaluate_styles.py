@@ -52,7 +52,9 @@ def shares(judge: Judge, images: Sequence[Image.Image], prompts: Sequence[Prompt
 
 def mean_difference(a: Sequence[Image.Image], b: Sequence[Image.Image]) -> float:
     """Mean absolute difference of pixel values in [0, 1]."""
-    return float(np.mean([np.abs(np.asarray(x, float) - np.asarray(y, float)).mean() / 255 for x, y in zip(a, b)]))
+    return float(
+        np.mean([np.abs(np.asarray(x, float) - np.asarray(y, float)).mean() / 255 for x, y in zip(a, b, strict=True)])
+    )
 
 
 def evaluate(engine: Engine, judge: Judge) -> tuple[dict[str, object], Image.Image]:

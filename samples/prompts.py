@@ -79,15 +79,22 @@ def dataset_scenes() -> list[Scene]:
     for i in range(NUM_DATASET_SCENES):
         if i < NUM_SINGLE:
             x, y, radius = rng.uniform(0.46, 0.54), rng.uniform(0.47, 0.53), rng.uniform(0.3, 0.37)
-            scenes.append(Scene((Thing(next(kinds), next(colours), x, y, radius),), "gray"))
+            scenes.append(_on_another_colour(i, Thing(next(kinds), next(colours), x, y, radius)))
         elif i < NUM_SINGLE + NUM_PAIRS:
             left = Thing(next(kinds), next(colours), 0.26, rng.uniform(0.47, 0.53), 0.21)
             right = Thing(next(kinds), next(colours), 0.74, rng.uniform(0.47, 0.53), 0.21)
-            scenes.append(Scene((left, right), "gray"))
+            scenes.append(_on_another_colour(i, left, right))
         else:
             setting = Setting(GROUNDS[i % len(GROUNDS)], TIMES[i % len(TIMES)])
             scenes.append(Scene((Thing(next(kinds), next(colours), 0.5, 0.56, 0.27),), setting))
     return scenes
+
+
+def _on_another_colour(i: int, *things: Thing) -> Scene:
+    """The things before a background of the i-th colour that none of them has; no style of a data set shows it."""
+    used = {thing.colour for thing in things}
+    free = [colour for colour in COLOURS if colour not in used]
+    return Scene(things, free[i % len(free)])
 
 
 def _shuffled_rounds(items: Sequence[str], rng: random.Random) -> Iterator[str]:

@@ -147,8 +147,3 @@ def _hatching(width: int) -> Image.Image:
     ramp = np.arange(width) / (width * HATCH_PERIOD)
     stripes = (ramp[:, None] + ramp[None, :]) % 1 < HATCH_SHARE
     return Image.fromarray(np.where(stripes[..., None], np.uint8(INK), np.uint8(PAPER)))
-
-
-def picture_array(pictures: Sequence[Image.Image]) -> np.ndarray:
-    """RGB pictures of one size as uint8 (N, 3, H, W)."""
-    return np.stack([np.asarray(picture) for picture in pictures]).transpose(0, 3, 1, 2)

@@ -34,6 +34,9 @@ MAX_LOSS = 0.9
 NOTED_ENLARGEMENT = 1.25
 NOTED_LOSS = 0.2
 
+NO_CAPTION = "no caption"
+"""How the kinds of all notes about a missing caption begin."""
+
 _REPEATS_NAME = re.compile(r"([1-9][0-9]{0,2})_(.+)")  # kohya's `10_sks dog`; four digits are taken for a year
 _MAX_THREADS = 4  # each may hold a picture of MAX_PIXELS
 _TABLE_ROWS = 20
@@ -150,10 +153,10 @@ def _choose_caption(
     if caption is not None:
         return caption, notes
     if default is not None:
-        return default, [*notes, Note(path, "no caption: default used", f"uses the default caption {default!r}")]
+        return default, [*notes, Note(path, f"{NO_CAPTION}: default used", f"uses the default caption {default!r}")]
     if class_token is not None:
-        return class_token, [*notes, Note(path, "no caption: folder name used", f"uses {class_token!r}")]
-    return "", [*notes, Note(path, "no caption: trained without", "is trained with an empty caption")]
+        return class_token, [*notes, Note(path, f"{NO_CAPTION}: folder name used", f"uses {class_token!r}")]
+    return "", [*notes, Note(path, f"{NO_CAPTION}: trained without", "is trained with an empty caption")]
 
 
 def _choose_bucket(size: Size, buckets: Sequence[Bucket]) -> Bucket:

@@ -14,10 +14,20 @@ from torch import Tensor, nn
 
 from lora_diffusion.adapters.base import Adapter, Layer
 from lora_diffusion.adapters.stack import AdapterStack
-from lora_diffusion.container import ContainerError, Header, read_header
+from lora_diffusion.container import ContainerError, Header, read_header, with_metadata
 from lora_diffusion.errors import RunError
 from lora_diffusion.files import write_bytes_atomically
-from lora_diffusion.formats.layout import ALPHA, DOWN, UP, AdapterFileError, Format, Layout, layout_of
+from lora_diffusion.formats.layout import (
+    ALPHA,
+    DOWN,
+    UP,
+    AdapterFileError,
+    Format,
+    Layout,
+    cross_width,
+    layout_of,
+    made_for,
+)
 from lora_diffusion.formats.metadata import tensor_hash
 from lora_diffusion.formats.names import peft_name
 from lora_diffusion.formats.peft_scale import METADATA_KEY, peft_alphas
@@ -109,14 +119,16 @@ class AdapterFile:
                     f"{path}: {key} is not finite as {str(dtype).removeprefix('torch.')}, so the adapter was not "
                     "saved. Lower the learning rate if the loss was not finite either, otherwise save as float32."
                 )
-        metadata = self._metadata_for(format)
-        metadata["sshs_model_hash"] = tensor_hash(save(tensors, metadata))
+        data = save(tensors)
         try:
-            write_bytes_atomically(path, save(tensors, metadata))
+            write_bytes_atomically(path, with_metadata(data, self._metadata_for(format, tensor_hash(data))))
         except OSError as error:
             raise RunError(f"{path}: the adapter cannot be written ({error.strerror}).") from error
-        AdapterFile.read(path)
-        written = load(path.read_bytes())
+        try:
+            AdapterFile.read(path)
+            written = load(path.read_bytes())
+        except (AdapterFileError, OSError) as error:
+            raise RunError(f"{path}: the file was written and cannot be used. {error}") from error
         if written.keys() != tensors.keys() or not all(torch.equal(written[key], tensors[key]) for key in tensors):
             raise RunError(f"{path}: the file reads back differently from what was written. Check the disk.")
 
@@ -130,6 +142,7 @@ class AdapterFile:
             for name, part in parts.items()
             for path, layer in _layers(part.module).items()
         }
+        layers = {name: layer for name, (_, _, layer) in places.items()}
         matches: list[Match] = []
         unread: list[str] = []
         for name, tensors in self.modules.items():
@@ -141,10 +154,10 @@ class AdapterFile:
                 raise AdapterFileError(f"{self.path}: {name} is in the file under two names. Keep one of them.")
             fitted = _fit(tensors, place[2])
             if fitted is None:
-                raise AdapterFileError(self._wrong_base(places, name, tensors, place[2]))
+                raise AdapterFileError(self._wrong_base(layers, name, place[2]))
             matches.append(Match(*place, fitted))
         if not matches:
-            raise AdapterFileError(self._wrong_base(places))
+            raise AdapterFileError(self._wrong_base(layers, next(iter(self.modules))))
         return Attachment(tuple(matches), tuple(unread))
 
     def _kohya_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -166,29 +179,23 @@ class AdapterFile:
             tensors[f"{module}.lora_B.weight"] = (parts[UP].float() * scale).to(dtype).contiguous()
         return tensors
 
-    def _metadata_for(self, format: Format) -> dict[str, str]:
+    def _metadata_for(self, format: Format, model_hash: str) -> dict[str, str]:
         metadata = {key: text for key, text in self.metadata.items() if key != METADATA_KEY}
         if format == "peft":  # it is no file of networks.lora, and its alpha is folded in
             metadata = {key: text for key, text in metadata.items() if not key.startswith("ss_network_")}
-        return {"format": "pt"} | metadata
+        return {"format": "pt"} | metadata | {"sshs_model_hash": model_hash}
 
-    def _wrong_base(
-        self,
-        places: Mapping[str, tuple[str, str, Layer]],
-        name: str = "",
-        tensors: Mapping[str, Tensor] | None = None,
-        layer: Layer | None = None,
-    ) -> str:
-        """Why no module, or the module `name`, fits the base."""
-        base = {width for key, (_, _, layer) in places.items() if (width := _cross_width(key, layer.weight))}
-        message = f"{self.path}: made for {_made_for(self.modules)}, but this base has "
-        message += f"a cross-attention width of {max(base)}. " if base else "other layers. "
-        if tensors is not None and layer is not None:
-            shapes = f"{tuple(tensors[DOWN].shape)} and {tuple(tensors[UP].shape)}"
-            return message + f"{name} has shapes {shapes}, the layer is {layer}. Use the base it was trained on."
-        return (
-            message + f"None of its {len(self.modules)} modules exists in it (the first: {next(iter(self.modules))})."
-        )
+    def _wrong_base(self, layers: Mapping[str, Layer], name: str, layer: Layer | None = None) -> str:
+        """Why the module `name` does not fit a base with these layers, nor `layer`, the one of that name."""
+        widths = {width for key, layer in layers.items() if (width := cross_width(key, layer.weight))}
+        base = f"this base has a cross-attention width of {max(widths)}" if widths else "this base is another"
+        if layer is not None:
+            tensors = self.modules[name]
+            problem = f"{name} has shapes {tuple(tensors[DOWN].shape)} and {tuple(tensors[UP].shape)}, "
+            problem += f"the base's layer is {layer}"
+        else:
+            problem = f"it has none of the {len(self.modules)} modules, such as {name}"
+        return f"{self.path}: made for {made_for(self.modules)}; {base}. {problem[0].upper()}{problem[1:]}."
 
 
 @dataclass(frozen=True, eq=False)
@@ -278,20 +285,3 @@ def _fit(tensors: Mapping[str, Tensor], layer: Layer) -> dict[str, Tensor] | Non
 def _alias(name: str) -> str:
     """SD 1.x files by diffusers and OneTrainer call the one text encoder `lora_te1`."""
     return f"lora_te_{name.removeprefix('lora_te1_')}" if name.startswith("lora_te1_") else name
-
-
-def _cross_width(name: str, down: Tensor) -> int | None:
-    return down.shape[1] if name.endswith("attn2_to_k") else None
-
-
-def _made_for(modules: Modules) -> str:
-    if any("double_blocks" in name or "single_blocks" in name for name in modules):
-        return "FLUX"
-    widths = {width for name, parts in modules.items() if (width := _cross_width(name, parts[DOWN]))}
-    if any(name.startswith("lora_te2_") for name in modules) and not widths:
-        return "SDXL"
-    if not widths:
-        return "another model"
-    width = max(widths)
-    families = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
-    return f"{families.get(width, 'a model')} (cross-attention width {width})"

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from torch import Tensor
+
 from lora_diffusion.container import Header, TensorInfo
 from lora_diffusion.errors import UserError
 from lora_diffusion.formats.names import from_peft_key
@@ -18,6 +20,9 @@ from lora_diffusion.formats.names import from_peft_key
 Format = Literal["kohya", "peft"]
 DOWN, UP, ALPHA = "lora_down.weight", "lora_up.weight", "alpha"
 FLOATS = ("F16", "BF16", "F32", "F64")
+
+FAMILY_WIDTHS = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
+"""Width of the text conditioning, which every published model of the family has."""
 
 _PLAIN_NAME = re.compile(r"[\w.:<>* -]{1,300}", re.ASCII)
 _KOHYA_KEY = re.compile(r"(lora_(?:unet|te|te1|te2)_\w+)\.([\w.]+)", re.ASCII)
@@ -71,6 +76,21 @@ def layout_of(path: Path, header: Header) -> Layout:
     for name, keys in modules.items():
         _check_module(path, name, {part: tensors[key] for part, key in keys.items()})
     return Layout("kohya" if kohya else "peft", modules, tuple(unread))
+
+
+def made_for(modules: Mapping[str, Mapping[str, Tensor]]) -> str:
+    """Which family the modules of a file belong to, by what their names and shapes give away."""
+    widths = {width for name, parts in modules.items() if (width := cross_width(name, parts[DOWN]))}
+    if any("double_blocks" in name or "single_blocks" in name for name in modules):
+        return "FLUX"
+    if widths:
+        return f"{FAMILY_WIDTHS.get(max(widths), 'a model')} (cross-attention width {max(widths)})"
+    return "SDXL" if any(name.startswith("lora_te2_") for name in modules) else "another model"
+
+
+def cross_width(name: str, weight: Tensor) -> int | None:
+    """Channels of the text conditioning, if the module called `name` reads it; `weight` is its own or a down factor."""
+    return weight.shape[1] if name.endswith("attn2_to_k") else None
 
 
 def _group(

@@ -14,7 +14,7 @@ from lora_diffusion.errors import UserError
 from lora_diffusion.formats.adapter_file import AdapterFile
 from lora_diffusion.generation.engine import Engine
 from lora_diffusion.generation.infotext import save_png, write_parameters
-from lora_diffusion.generation.request import Request
+from lora_diffusion.generation.request import Request, adapter_name
 from lora_diffusion.models.load import load_model
 from lora_diffusion.progress import Track, silent
 
@@ -61,7 +61,7 @@ def write_pictures(
     adapters: files, which requests know by their name without the ending. Pictures are numbered on from those that the
     folder has. Raises UserError before anything is drawn if a request or a file is wrong.
     """
-    files = {path.stem: AdapterFile.read(path) for path in adapters}
+    files = {adapter_name(path.stem): AdapterFile.read(path) for path in adapters}
     if len(files) < len(adapters):
         raise UserError("Two adapter files have the same name, so requests cannot tell them apart. Rename one of them.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

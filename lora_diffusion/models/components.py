@@ -56,7 +56,7 @@ def read_single_file(path: Path, dtype: torch.dtype, config_folder: Path) -> Com
     read_header(path)
     try:
         pipeline = StableDiffusionPipeline.from_single_file(
-            str(path), config=str(config_folder), local_files_only=True, safety_checker=None, torch_dtype=torch.float32
+            str(path), config=str(config_folder), local_files_only=True, safety_checker=None
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"{path}: this checkpoint cannot be converted ({error}).") from error
@@ -65,7 +65,7 @@ def read_single_file(path: Path, dtype: torch.dtype, config_folder: Path) -> Com
             raise ModelError(f"{path}: {unread[0]} is missing or not finite. Get the file again.")
     return Components(
         pipeline.unet.to(dtype=dtype),
-        pipeline.vae,
+        pipeline.vae.to(dtype=torch.float32),
         pipeline.text_encoder.to(dtype=dtype),
         pipeline.tokenizer,
         read_json(config_folder / "scheduler" / "scheduler_config.json"),

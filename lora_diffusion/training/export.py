@@ -54,8 +54,15 @@ class Exporter:
         AdapterFile.collect(self.parts, self.adapters, self.metadata(step)).write(path, dtype=self.dtype)
 
 
-def write_model_card(path: Path, *, adapter: Path, base: str, trigger_example: str, rank: int, steps: int) -> None:
+def write_model_card(path: Path, *, adapter: Path, base: str, prompt: str, rank: int, steps: int) -> None:
     """A README beside the adapter: what it is, how to use it here and in other tools."""
+    contents = {
+        adapter.name: "the adapter (safetensors, kohya names, alpha written)",
+        "config.toml": "the settings; training it again repeats the run",
+        "contact-sheet.png": "the same prompts at every stage of the training",
+        "loss.png": "the loss by step",
+    }
+    table = "\n".join(f"| `{name}` | {what} |" for name, what in contents.items() if (path.parent / name).exists())
     write_text_atomically(
         path,
         f"""# {adapter.stem}
@@ -64,17 +71,15 @@ A rank-{rank} LoRA for Stable Diffusion, trained for {steps} steps on `{base}` w
 
 | File | Content |
 |---|---|
-| `{adapter.name}` | the adapter (safetensors, kohya names, alpha written) |
-| `config.toml` | the settings; training it again repeats the run |
-| `previews/`, `contact-sheet.png`, `loss.png` | what it learned, step by step |
+{table}
 
-Use it:
+Use it, from the folder in which it was trained:
 
 ```
-lora-diffusion generate --base {base} --adapter {adapter.name}:1.0 --prompt "{trigger_example}" --out pictures
+lora-diffusion generate --base {base} --adapter {adapter.as_posix()}:1.0 --prompt "{prompt}" --out pictures
 ```
 
 In ComfyUI, Forge, A1111 or SD.Next copy `{adapter.name}` into the folder for LoRA files and use strength 1.0.
-In diffusers: `pipeline.load_lora_weights(".", weight_name="{adapter.name}")`.
+In diffusers: `pipeline.load_lora_weights("{adapter.parent.as_posix()}", weight_name="{adapter.name}")`.
 """,
     )

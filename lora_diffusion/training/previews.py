@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Previewer:
-    """The same requests at every call, so that pictures differ only by what was learned."""
+    """The same requests at every call, so that pictures differ only by what was learned. They are complete."""
 
     engine: Engine
     requests: Sequence[Request]

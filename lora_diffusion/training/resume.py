@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Iterator
 
 from lora_diffusion.errors import UserError
 from lora_diffusion.training.checkpoint import newest_checkpoint
@@ -10,15 +12,19 @@ from lora_diffusion.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
-_HARMLESS = {
-    "run": {"output", "steps", "epochs", "save_every", "keep_checkpoints", "loader_workers", "log_every", "device"},
-    "preview": None,
-    "cache": None,
-    "optimizer": {"lr", "text_encoder_lr", "weight_decay", "max_grad_norm"},
-    "schedule": None,
-    "validation": {"every"},
-}
-"""Settings that may change between a start and its resume: section → keys, None for the whole section."""
+_HARMLESS = re.compile(
+    r"""
+    run\.(name|output|steps|epochs|save_every|save_precision|keep_checkpoints|loader_workers|log_every|device)
+    | run\.batch_size           # the batch of all processes together is compared by itself
+    | dataset\.\d+\.path        # pictures and captions are compared by themselves
+    | model\.(attention|gradient_checkpointing)
+    | optimizer\.(lr|text_encoder_lr|weight_decay|max_grad_norm)
+    | validation\.every
+    | (preview|cache|schedule)\..*
+    """,
+    re.VERBOSE,
+)
+"""Settings that may change between a start and its resume."""
 
 
 def resume_from_newest(trainer: Trainer) -> None:
@@ -33,10 +39,16 @@ def resume_from_newest(trainer: Trainer) -> None:
             f"--resume: no whole checkpoint in {trainer.run.checkpoints}. "
             "Start without --resume, or check [run] output."
         )
-    differences = _differences(checkpoint.facts["config"], trainer.facts["config"])
-    harmful = [line for is_harmless, line in differences if not is_harmless]
-    if checkpoint.facts["dataset"] != trainer.facts["dataset"]:
-        harmful.append(_dataset_difference(checkpoint.facts["dataset"], trainer.facts["dataset"]))
+    before, now = checkpoint.facts, trainer.facts
+    differences = _differences(before["config"], now["config"])
+    harmful = [line for key, line in differences if not _HARMLESS.fullmatch(key)]
+    if before["global_batch_size"] != now["global_batch_size"]:
+        harmful.append(
+            f"pictures per step, all processes together: {before['global_batch_size']} → {now['global_batch_size']} "
+            "(change run.batch_size so that batch_size times processes stays the same)"
+        )
+    if before["dataset"] != now["dataset"]:
+        harmful.append(_dataset_difference(before["dataset"], now["dataset"]))
     if harmful:
         raise UserError(
             "--resume: this is not the run that was started:\n  " + "\n  ".join(harmful) + "\n"
@@ -48,21 +60,27 @@ def resume_from_newest(trainer: Trainer) -> None:
     logger.info("resuming at step %d of %d", trainer.step, trainer.plan.steps)
 
 
-def _differences(old: dict[str, object], new: dict[str, object]) -> list[tuple[bool, str]]:
-    """(harmless, "section.key: old → new") for every setting that changed."""
-    lines: list[tuple[bool, str]] = []
-    for section in sorted(old.keys() | new.keys()):
-        before, after = old.get(section), new.get(section)
-        allowed = _HARMLESS.get(section, set())
-        if not isinstance(before, dict) or not isinstance(after, dict):
-            if before != after:
-                lines.append((section in _HARMLESS and allowed is None, f"[{section}]: {before} → {after}"))
-            continue
-        for key in sorted(before.keys() | after.keys()):
-            if before.get(key) != after.get(key):
-                harmless = section in _HARMLESS and (allowed is None or key in allowed)
-                lines.append((harmless, f"[{section}] {key}: {before.get(key)} → {after.get(key)}"))
-    return lines
+def _differences(old: dict[str, object], new: dict[str, object]) -> list[tuple[str, str]]:
+    """(key, "key: old → new") for every setting that changed."""
+    before, after = dict(_flatten(old)), dict(_flatten(new))
+    return [
+        (key, f"{key}: {before.get(key)} → {after.get(key)}")
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _flatten(value: object, path: str = "") -> Iterator[tuple[str, object]]:
+    """("dataset.0.path", value) for every leaf of nested dicts and lists."""
+    if isinstance(value, dict):
+        items = [(str(key), item) for key, item in value.items()]
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        items = [(str(index), item) for index, item in enumerate(value)]
+    else:
+        yield path, value
+        return
+    for key, item in items:
+        yield from _flatten(item, f"{path}.{key}" if path else key)
 
 
 def _dataset_difference(old: dict[str, str], new: dict[str, str]) -> str:

@@ -17,6 +17,9 @@ import torch
 
 logger = logging.getLogger(__name__)
 
+FILE_ONLY = "file_only"
+"""Attribute of log records that the terminal leaves out."""
+
 _PLAIN_LINE_EVERY_S = 10.0  # without a terminal a progress bar is noise; a line now and then is a log
 
 
@@ -64,7 +67,7 @@ def memory_in_use(device: torch.device) -> str:
 
 @dataclass
 class Console:
-    """The progress line: a live bar on a terminal, a plain line every ten seconds elsewhere."""
+    """The progress line: a live bar on a terminal, a plain line every ten seconds in the log and elsewhere."""
 
     steps: int
     device: torch.device
@@ -94,7 +97,9 @@ class Console:
         text = f"loss {loss:.4f}  lr {learning_rate:.1e}  {speed}  {memory_in_use(self.device)}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
-        elif time.monotonic() - self._last_line > _PLAIN_LINE_EVERY_S or step == self.steps:
+        if time.monotonic() - self._last_line > _PLAIN_LINE_EVERY_S or step == self.steps:
             self._last_line = time.monotonic()
-            eta = (self.steps - step) * seconds_per_step
-            logger.info("step %d/%d  %s  ETA %d:%02d", step, self.steps, text, eta // 60, eta % 60)
+            minutes, seconds = divmod(round((self.steps - step) * seconds_per_step), 60)
+            line = f"step {step}/{self.steps}  {text}  ETA {minutes}:{seconds:02d}"
+            # Where a bar is shown the line goes to log.txt alone.
+            logger.info("%s", line, extra={FILE_ONLY: self._bar is not None})

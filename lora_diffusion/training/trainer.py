@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from lora_diffusion.data.cache import TextCache
-from lora_diffusion.errors import RunError
+from lora_diffusion.errors import RunError, UserError
 from lora_diffusion.models.base import Conditioning
 from lora_diffusion.runs import RunFolder
 from lora_diffusion.training.batches import Batch, BatchSource, load_batches
@@ -150,11 +150,12 @@ class Trainer:
         pictures = [f"{name} ({caption!r})" for name, caption in pairs]
         # The update has not been made: the weights are those of the last good step.
         self._save_checkpoint()
+        kept = f"The weights of step {self.step} are in {self.run.checkpoints}. " if self.step else ""
         raise RunError(
             f"The {what} became {value} at step {self.step + 1} (learning rate "
-            f"{self.optimizer.param_groups[0]['lr']:.2e}) on {', '.join(pictures)}. Nothing of it was saved; "
-            f"the last good weights are in {self.run.checkpoints}. Lower [optimizer] lr, use [run] precision = "
-            '"bf16" or "fp32" instead of fp16, or look at these pictures and captions.'
+            f"{self.optimizer.param_groups[0]['lr']:.2e}) on {', '.join(pictures)}. Nothing of this step was saved. "
+            f'{kept}Lower [optimizer] lr, use [run] precision = "bf16" or "fp32" instead of fp16, or look at these '
+            "pictures and captions."
         )
 
     # Between steps
@@ -209,7 +210,8 @@ class Trainer:
             return
         try:
             self.previewer.draw(self.step)
-        except (OSError, RuntimeError, ValueError) as error:  # a failed picture must not cost the training
+        # A failed picture must not cost the training.
+        except (OSError, RuntimeError, ValueError, UserError, RunError) as error:
             logger.warning("step %d: the preview could not be drawn (%s); training goes on", self.step, error)
 
     # Saving

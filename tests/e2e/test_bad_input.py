@@ -90,7 +90,7 @@ def test_unreadable_picture_is_skipped_and_named(tiny_sd1: Path, tmp_path: Path)
     pictures = draw_pictures(tmp_path / "pictures")
     (pictures / "broken.png").write_bytes(b"<html>not found</html>")
     (pictures / "00.txt").unlink()
-    config = write_config(tmp_path / "run.toml", tiny_sd1, pictures, run={"steps": 1})
+    config = write_config(tmp_path / "run.toml", tiny_sd1, pictures, run={"steps": 3})
     result = CliRunner().invoke(app, ["train", "--config", str(config)])
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "run" / "dataset.json").read_text())

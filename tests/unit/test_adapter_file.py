@@ -97,7 +97,7 @@ def test_a_written_file_reads_back_as_it_was(model: SD1, tmp_path: Path) -> None
     file.write(tmp_path / "a.safetensors", dtype=torch.float32)
     back = AdapterFile.read(tmp_path / "a.safetensors")
     assert same_modules(back, file)
-    assert len(back.modules) == 122 + 12
+    assert len(back.modules) == 177 + 12
     assert (back.format, back.unread, back.notes) == ("kohya", (), ())
 
 
@@ -188,7 +188,7 @@ def test_diffusers_computes_the_same_change_from_our_file(
     file.write(tmp_path / "a.safetensors", format=format, dtype=torch.float32)
     pipeline.load_lora_weights(tmp_path, weight_name="a.safetensors")
     theirs = deltas_in_diffusers(pipeline, model)
-    assert len(theirs) == 134
+    assert len(theirs) == 189
     assert_same_deltas(theirs, deltas(file, model))
 
 
@@ -200,26 +200,39 @@ def test_peft_format_reads_back_as_the_same_change(model: SD1, tmp_path: Path) -
     assert_same_deltas(deltas(back, model), deltas(file, model))
 
 
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"rank_pattern": {"attn1.to_q": 2, "mlp.fc1": 3}}])
-@pytest.mark.parametrize("with_metadata", [True, False])
+ALPHAS = {"unet": {"alpha_pattern": {"attn1.to_v": 5}}, "text_encoder": {}}
+RANKS = {"unet": {"rank_pattern": {"attn1.to_q": 2}}, "text_encoder": {"rank_pattern": {"mlp.fc1": 3}}}
+ROOTS = {"unet": {"use_rslora": True}, "text_encoder": {"use_rslora": True}}
+PLAIN: dict[str, dict[str, Any]] = {"unet": {}, "text_encoder": {}}
+
+
+@pytest.mark.parametrize(
+    ("alpha", "options", "has_metadata"),
+    [(3, PLAIN, True), (3, ALPHAS, True), (3, RANKS, True), (3, ROOTS, True), (4, PLAIN, False)],
+    ids=["plain", "alpha pattern", "rank pattern", "rsLoRA", "no metadata"],
+)
 def test_files_that_diffusers_writes_mean_the_same_to_us(
-    model: SD1, pipeline: StableDiffusionPipeline, tmp_path: Path, options: dict[str, Any], with_metadata: bool
+    model: SD1,
+    pipeline: StableDiffusionPipeline,
+    tmp_path: Path,
+    alpha: int,
+    options: dict[str, dict[str, Any]],
+    has_metadata: bool,
 ) -> None:
-    """Without metadata a file cannot say its alpha: every reader takes scale 1, so the trainer must have used 1."""
-    alpha: dict[str, Any] = (
-        {"lora_alpha": 3, "alpha_pattern": {"attn2.to_v": 5}} if with_metadata else {"lora_alpha": 4}
-    )
-    if not with_metadata and options:
-        pytest.skip("its scale would be lost in diffusers too")
+    """Without metadata a file cannot say its alpha: every reader takes scale 1, so alpha is the rank there."""
     targets = {"unet": ["to_q", "to_v", "conv1", "proj_in"], "text_encoder": ["q_proj", "fc1"]}
-    for part, module in (("unet", pipeline.unet), ("text_encoder", pipeline.text_encoder)):
-        config = LoraConfig(r=4, target_modules=targets[part], init_lora_weights=False, **alpha, **options)
+    weights, configs = {}, {}
+    for part in BOTH:
+        module = getattr(pipeline, part)
+        config = LoraConfig(
+            r=4, lora_alpha=alpha, target_modules=targets[part], init_lora_weights=False, **options[part]
+        )
         module.add_adapter(config, "a")
-    weights = {f"{p}_lora_layers": get_peft_model_state_dict(getattr(pipeline, p), adapter_name="a") for p in BOTH}
-    configs = {f"{p}_lora_adapter_metadata": getattr(pipeline, p).peft_config["a"].to_dict() for p in BOTH}
-    StableDiffusionPipeline.save_lora_weights(tmp_path, **weights, **(configs if with_metadata else {}))
+        weights[f"{part}_lora_layers"] = get_peft_model_state_dict(module, adapter_name="a")
+        configs[f"{part}_lora_adapter_metadata"] = module.peft_config["a"].to_dict()
+    StableDiffusionPipeline.save_lora_weights(tmp_path, **weights, **(configs if has_metadata else {}))
     file = AdapterFile.read(tmp_path / "pytorch_lora_weights.safetensors")
-    assert ("lora_adapter_metadata" in file.metadata) == with_metadata
+    assert ("lora_adapter_metadata" in file.metadata) == has_metadata
     assert_same_deltas(deltas(file, model), deltas_in_diffusers(pipeline, model))
 
 
@@ -276,8 +289,8 @@ def test_odd_but_usable_files_are_read_with_a_note(model: SD1, tmp_path: Path) -
     AdapterFile(file.modules, {"ss_network_dim": "99"}).write(path)
     notes = AdapterFile.read(path).notes
     assert len(notes) == 3
-    assert notes[0] == "alpha is 0 in 134 of 134 modules: they change nothing"
-    assert notes[1] == "the weights are all 0 in 134 of 134 modules: they change nothing"
+    assert notes[0] == "alpha is 0 in 189 of 189 modules: they change nothing"
+    assert notes[1] == "the weights are all 0 in 189 of 189 modules: they change nothing"
     assert notes[2] == "the metadata says rank 99, the tensors have 4"
 
 

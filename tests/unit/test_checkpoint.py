@@ -83,12 +83,10 @@ def test_crash_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path: Path, m
         folder = tmp_path / str(crash_at)
         for step in (10, 20):
             save_checkpoint(folder, _checkpoint(step), keep=2)
-        calls = 0
+        countdown = iter(range(crash_at - 1, -1, -1))
 
-        def counted(original, *arguments, **options):
-            nonlocal calls
-            calls += 1
-            if calls == crash_at:
+        def counted(original, *arguments, _countdown=countdown, **options):
+            if next(_countdown, None) == 0:
                 raise _Crash
             return original(*arguments, **options)
 
