@@ -2,7 +2,10 @@
 
 import typer
 
-from lora_diffusion.cli import train
+from lora_diffusion.cli import errors_as_messages, train
+from lora_diffusion.launch import complete_cpu_launch
 
 if __name__ == "__main__":
+    with errors_as_messages(debug=False):
+        complete_cpu_launch()
     typer.run(train)

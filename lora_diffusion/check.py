@@ -12,15 +12,13 @@ from lora_diffusion.data.duplicates import find_near_duplicates
 from lora_diffusion.data.folder import NO_CAPTION, build_report
 from lora_diffusion.progress import Track, silent
 from lora_diffusion.recipe import (
-    TrainingSet,
     inject_adapters,
     load_base,
-    read_training_set,
     resolve_device,
     resolve_precision,
     run_steps,
-    token_counts,
 )
+from lora_diffusion.recipe_data import TrainingSet, read_training_set, token_counts
 from lora_diffusion.training.estimate import estimate_step
 
 _CROP_LOSS_WORTH_A_LOOK = 0.2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,16 +71,27 @@ def new_scheduler() -> DDIMScheduler:
 
 @dataclass(frozen=True)
 class Latents:
-    """Encoded pictures, unit variance (N, 4, 16, 16), and several captions of each, token ids (N, captions, 77)."""
+    """Encoded pictures (N, 4, 16, 16) of unit variance; captions as token ids (N, 77), or (N, several, 77)."""
 
     pictures: Tensor
     captions: Tensor
 
 
+def latent_batches(vae: AutoencoderKL, tokenizer: CLIPTokenizer, generator: torch.Generator) -> Iterator[Latents]:
+    """Endless batches, each picture with one of its captions or none; all are encoded when the first is needed."""
+    data = encode_pictures(vae, tokenizer, generator.initial_seed())
+    no_caption = token_ids(tokenizer, [""])
+    while True:
+        chosen = torch.randint(len(data.pictures), (BATCH_SIZE,), generator=generator)
+        caption = torch.randint(CAPTIONS_PER_PICTURE, (BATCH_SIZE,), generator=generator)
+        dropped = torch.rand((BATCH_SIZE, 1), generator=generator) < CAPTION_DROPOUT
+        yield Latents(data.pictures[chosen], torch.where(dropped, no_caption, data.captions[chosen, caption]))
+
+
 @torch.no_grad()
 def encode_pictures(vae: AutoencoderKL, tokenizer: CLIPTokenizer, seed: int) -> Latents:
-    """Draw and encode this process's share of the flat pictures that the UNet is trained on."""
-    rng = random.Random(seed + process_rank())
+    """Draw and encode this process's share of the flat pictures, each with all of its captions."""
+    rng = random.Random(seed)
     encoder = copy.deepcopy(vae).to(torch.bfloat16)
     latents, captions = [], []
     for _ in range(0, NUM_PICTURES // num_processes(), 100):
@@ -105,28 +117,22 @@ class Denoiser:
         return MixedPrecisionTrainer(modules, LEARNING_RATE, checkpoint)
 
 
-def train_unet(models: Denoiser, data: Latents, budget_s: float, checkpoint: Path, seed: int) -> None:
+def train_unet(models: Denoiser, vae: AutoencoderKL, budget_s: float, checkpoint: Path, seed: int) -> None:
     """Train UNet and text encoder to predict noise, and leave their moving averages in them."""
     trainer = models.trainer(checkpoint)
     models.unet.set_attn_processor(AttnProcessor())  # measured faster than torch's fused attention on a CPU
     generator = torch.Generator().manual_seed(seed + process_rank())
     rng = random.Random(seed + process_rank())
     alpha_bar = new_scheduler().alphas_cumprod
-    no_caption = token_ids(models.tokenizer, [""])[0]
-    for share in training_steps(trainer, budget_s, "unet"):
-        chosen = torch.randint(len(data.pictures), (BATCH_SIZE,), generator=generator)
-        latents = data.pictures[chosen]
-        ids = data.captions[chosen, torch.randint(CAPTIONS_PER_PICTURE, (BATCH_SIZE,), generator=generator)]
-        dropped = torch.rand(BATCH_SIZE, generator=generator) < CAPTION_DROPOUT
-        ids = torch.where(dropped[:, None], no_caption, ids)
-
-        noise = torch.randn(latents.shape, generator=generator)
+    batches = latent_batches(vae, models.tokenizer, generator)
+    for share, batch in zip(training_steps(trainer, budget_s, "unet"), batches, strict=False):
+        noise = torch.randn(batch.pictures.shape, generator=generator)
         noise += OFFSET_NOISE * torch.randn((BATCH_SIZE, 4, 1, 1), generator=generator)
         timesteps = _spread_timesteps(BATCH_SIZE, generator)
         signal = alpha_bar[timesteps][:, None, None, None]
-        noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
+        noisy = signal.sqrt() * batch.pictures + (1 - signal).sqrt() * noise
 
-        context = models.text_encoder(ids).last_hidden_state
+        context = models.text_encoder(batch.captions).last_hidden_state
         prediction = models.unet(noisy.to(torch.bfloat16), timesteps, context).sample.float()
         snr = (signal / (1 - signal)).flatten()
         loss = ((prediction - noise).square().mean(dim=(1, 2, 3)) * (snr.clamp(max=SNR_LIMIT) / snr)).mean()

@@ -53,10 +53,9 @@ def new_vae() -> AutoencoderKL:
 
 def random_batches(generator: torch.Generator) -> Iterator[Tensor]:
     """Endless batches (8, 3, 64, 64) of pictures in all styles, from a pool that is drawn when the first is needed."""
-    names = random.Random(generator.initial_seed()).choices(
-        list(STYLE_SHARES), weights=list(STYLE_SHARES.values()), k=POOL_SIZE
-    )
-    pool = draw_pictures(random_scenes(POOL_SIZE, generator.initial_seed()), names)
+    seed = generator.initial_seed()
+    names = random.Random(seed).choices(list(STYLE_SHARES), weights=list(STYLE_SHARES.values()), k=POOL_SIZE)
+    pool = draw_pictures(random_scenes(POOL_SIZE, seed), names)
     while True:
         yield to_signed(pool[torch.randint(POOL_SIZE, (BATCH_SIZE,), generator=generator)])
 

@@ -64,8 +64,7 @@ class Judge:
     @torch.no_grad()
     def labels(self, images: Sequence[Image.Image]) -> tuple[list[str], list[str]]:
         """The kind and the style of each picture."""
-        sized = [image.convert("RGB").resize((PICTURE_PX,) * 2, Image.Resampling.BOX) for image in images]
-        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in sized])).permute(0, 3, 1, 2) / 255
+        pixels = torch.from_numpy(np.stack([_pixels(image) for image in images])).permute(0, 3, 1, 2) / 255
         kinds, styles = self.network(pixels)
         return [KINDS[i] for i in kinds.argmax(1)], [STYLE_LABELS[i] for i in styles.argmax(1)]
 
@@ -76,7 +75,7 @@ class Judge:
         "background_right". Colours mean something in the flat style only; a background that was not asked for is right.
         """
         kinds, styles = self.labels(images)
-        pixels = [np.asarray(image.convert("RGB").resize((PICTURE_PX,) * 2, Image.Resampling.BOX)) for image in images]
+        pixels = [_pixels(image) for image in images]
         colours = [object_colour(picture, prompt.kind) for picture, prompt in zip(pixels, prompts, strict=True)]
         backgrounds = [background_colour(picture) for picture in pixels]
         return {
@@ -113,6 +112,11 @@ def object_colour(pixels: np.ndarray, kind: str) -> str:
         return background_colour(pixels)
     names, counts = np.unique(_nearest(chosen.astype(np.float32)), return_counts=True)
     return str(names[counts.argmax()])
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    """uint8 (64, 64, 3)."""
+    return np.asarray(image.convert("RGB").resize((PICTURE_PX, PICTURE_PX), Image.Resampling.BOX))
 
 
 def _border_median(pixels: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ from diffusers.utils import logging as diffusers_logging
 
 from samples.base_export import export_base
 from samples.base_text import QUESTIONS, Readers, new_text_encoder, new_tokenizer, pretrain_text_encoder
-from samples.base_unet import Denoiser, encode_pictures, new_unet, train_unet
+from samples.base_unet import Denoiser, new_unet, train_unet
 from samples.base_vae import (
     draw_pictures,
     new_vae,
@@ -57,8 +57,7 @@ def main() -> None:
 
     models = _text_models(budgets["text"], arguments.seed)
     vae = _autoencoder(budgets["vae"], arguments.seed)
-    latents = encode_pictures(vae, models.tokenizer, arguments.seed) if budgets["unet"] else None
-    train_unet(models, latents, budgets["unet"], CHECKPOINTS / "unet.safetensors", arguments.seed)
+    train_unet(models, vae, budgets["unet"], CHECKPOINTS / "unet.safetensors", arguments.seed)
     train_decoder(vae, budgets["decoder"], CHECKPOINTS / "decoder.safetensors", arguments.seed + 1)
     if process_rank() == 0:
         _log_psnr(vae, arguments.seed)

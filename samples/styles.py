@@ -40,7 +40,7 @@ NEON_COLOURS: dict[str, Rgb] = {
 def flat(scene: Scene, size: int) -> Image.Image:
     """Plain filled areas."""
     backdrop, scenery = background_parts(scene.background)
-    canvas = Image.new("RGB", (size * OVERSAMPLING,) * 2, backdrop)
+    canvas = Image.new("RGB", _oversampled(size), backdrop)
     draw = ImageDraw.Draw(canvas)
     for part in (*scenery, *scene_parts(scene)):
         draw.polygon(_pixels(part.points, canvas.width), fill=part.fill)
@@ -49,7 +49,7 @@ def flat(scene: Scene, size: int) -> Image.Image:
 
 def neon(scene: Scene, size: int) -> Image.Image:
     """Glowing outlines in the things' colours on a night-blue ground, whatever the background was."""
-    canvas = Image.new("RGB", (size * OVERSAMPLING,) * 2, NIGHT_BLUE)
+    canvas = Image.new("RGB", _oversampled(size), NIGHT_BLUE)
     tubes = Image.new("RGB", canvas.size)
     fill, line = ImageDraw.Draw(canvas), ImageDraw.Draw(tubes)
     width = round(canvas.width * NEON_LINE)
@@ -68,7 +68,7 @@ def neon(scene: Scene, size: int) -> Image.Image:
 
 def ink(scene: Scene, size: int) -> Image.Image:
     """Black outlines and diagonal hatching on cream paper; no colour is left, the paper around the things is bare."""
-    canvas = Image.new("RGB", (size * OVERSAMPLING,) * 2, PAPER)
+    canvas = Image.new("RGB", _oversampled(size), PAPER)
     hatching = _hatching(canvas.width)
     draw = ImageDraw.Draw(canvas)
     width = round(canvas.width * INK_LINE)
@@ -87,7 +87,7 @@ def ink(scene: Scene, size: int) -> Image.Image:
 def mosaic(scene: Scene, size: int) -> Image.Image:
     """Square tiles with dark joints."""
     tiles = np.asarray(flat(scene, MOSAIC_TILES))
-    canvas = Image.fromarray(tiles).resize((size * OVERSAMPLING,) * 2, Image.Resampling.NEAREST)
+    canvas = Image.fromarray(tiles).resize(_oversampled(size), Image.Resampling.NEAREST)
     draw = ImageDraw.Draw(canvas)
     for i in range(MOSAIC_TILES + 1):
         at = i * canvas.width // MOSAIC_TILES
@@ -99,7 +99,7 @@ def mosaic(scene: Scene, size: int) -> Image.Image:
 def halftone(scene: Scene, size: int) -> Image.Image:
     """Wine-red dots on cream, the larger the darker the picture is there."""
     darkness = 1 - np.asarray(flat(scene, HALFTONE_CELLS).convert("L"), np.float32) / 255
-    canvas = Image.new("RGB", (size * OVERSAMPLING,) * 2, CREAM)
+    canvas = Image.new("RGB", _oversampled(size), CREAM)
     draw = ImageDraw.Draw(canvas)
     cell = canvas.width / HALFTONE_CELLS
     for (row, column), dark in np.ndenumerate(darkness):
@@ -121,11 +121,15 @@ STYLES: dict[str, Callable[[Scene, int], Image.Image]] = {
 def object_mask(scene: Scene, size: int) -> np.ndarray:
     """Boolean (size, size): the pixels of the first thing's parts that carry its palette colour."""
     colour = PALETTE[scene.things[0].colour]
-    canvas = Image.new("L", (size * OVERSAMPLING,) * 2)
+    canvas = Image.new("L", _oversampled(size))
     draw = ImageDraw.Draw(canvas)
     for part in scene_parts(Scene(scene.things[:1], scene.background)):
         draw.polygon(_pixels(part.points, canvas.width), fill=255 if part.fill == colour else 0)
     return np.asarray(canvas.reduce(OVERSAMPLING)) > 200
+
+
+def _oversampled(size: int) -> tuple[int, int]:
+    return size * OVERSAMPLING, size * OVERSAMPLING
 
 
 def _pixels(points: Sequence[Point], width: int) -> list[Point]:
@@ -146,4 +150,4 @@ def _glowing(fill: Rgb) -> Rgb:
 def _hatching(width: int) -> Image.Image:
     ramp = np.arange(width) / (width * HATCH_PERIOD)
     stripes = (ramp[:, None] + ramp[None, :]) % 1 < HATCH_SHARE
-    return Image.fromarray(np.where(stripes[..., None], np.uint8(INK), np.uint8(PAPER)))
+    return Image.fromarray(np.where(stripes[..., None], np.array(INK, np.uint8), np.array(PAPER, np.uint8)))

@@ -50,11 +50,10 @@ def draw_data(count: int, seed: int) -> JudgeData:
     pictures, kinds, styles = [], [], []
     for style in rng.choices(list(SHARES), weights=list(SHARES.values()), k=count):
         scene = random_single_scene(rng)
-        maker = rng.choice(OTHER_MAKERS) if style == "other" else STYLES[style]
-        picture = maker(scene, rng) if style == "other" else maker(scene, PICTURE_PX)
-        is_wreck = style == "other" and maker in WRECK_MAKERS
+        maker = rng.choice(OTHER_MAKERS) if style == "other" else None
+        picture = maker(scene, rng) if maker else STYLES[style](scene, PICTURE_PX)
         pictures.append(np.asarray(_worsen(picture, rng)))
-        kinds.append(NO_KIND if is_wreck else KINDS.index(scene.things[0].kind))
+        kinds.append(NO_KIND if maker in WRECK_MAKERS else KINDS.index(scene.things[0].kind))
         styles.append(STYLE_LABELS.index(style))
     stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
     return JudgeData(stacked, torch.tensor(kinds), torch.tensor(styles))
@@ -122,7 +121,7 @@ def _noise(scene: Scene, rng: random.Random) -> Image.Image:
     generator = np.random.default_rng(rng.getrandbits(32))
     centre = np.array(PALETTE[scene.things[0].colour], np.float32)
     pixels = np.clip(centre + generator.normal(0, rng.uniform(30, 120), (grain, grain, 3)), 0, 255)
-    return Image.fromarray(pixels.astype(np.uint8)).resize((PICTURE_PX,) * 2, Image.Resampling.BICUBIC)
+    return Image.fromarray(pixels.astype(np.uint8)).resize((PICTURE_PX, PICTURE_PX), Image.Resampling.BICUBIC)
 
 
 OtherMaker = Callable[[Scene, random.Random], Image.Image]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 logger = logging.getLogger(__name__)
 
 EMA_DECAY = 0.998
-WARM_UP = 0.02  # share of the time budget
+WARM_UP_STEPS = 60
 CHECKPOINT_S = 120
 LOG_S = 20
 
@@ -53,9 +53,7 @@ class Clock:
 
 
 def learning_rate_factor(share: float, flat_until: float) -> float:
-    """Linear warm-up, constant until `flat_until` of the budget, then linear decay to zero."""
-    if share < WARM_UP:
-        return max(share / WARM_UP, 0.01)
+    """Constant until `flat_until` of the budget, then linear decay to zero."""
     return min(1.0, max(0.0, 1 - share) / (1 - flat_until))
 
 
@@ -104,17 +102,18 @@ class MixedPrecisionTrainer:
         unfinished.replace(self.checkpoint)
 
     def step(self, loss: Tensor, factor: float) -> None:
-        """One optimiser step at `factor` times the learning rate, gradients clipped to norm 1."""
+        """One optimiser step at `factor` times the learning rate, with warm-up; gradients are clipped to norm 1."""
         loss.backward()
         self._collect_gradients()
         torch.nn.utils.clip_grad_norm_(self.masters.values(), 1.0)
         for group in self._optimizer.param_groups:
-            group["lr"] = self.learning_rate * factor
+            group["lr"] = self.learning_rate * factor * min(1.0, (self.steps + 1) / WARM_UP_STEPS)
         self._optimizer.step()
         self.steps += 1
         self._copy(self.masters)
         decay = min(EMA_DECAY, (1 + self.steps) / (10 + self.steps))
-        torch._foreach_lerp_(list(self.averages.values()), list(self.masters.values()), 1 - decay)
+        for average, master in zip(self.averages.values(), self.masters.values(), strict=True):
+            average.lerp_(master, 1 - decay)
 
     def finish(self) -> None:
         """Leave the moving averages in the modules, in float32."""
@@ -137,7 +136,8 @@ class MixedPrecisionTrainer:
 
     @torch.no_grad()
     def _copy(self, source: dict[str, Tensor]) -> None:
-        torch._foreach_copy_(self._weights, list(source.values()))
+        for weight, tensor in zip(self._weights, source.values(), strict=True):
+            weight.copy_(tensor)
 
 
 def training_steps(trainer: MixedPrecisionTrainer, budget_s: float, name: str) -> Iterator[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -140,10 +141,11 @@ class BatchSource(Dataset[Batch]):
 
 def load_batches(source: BatchSource, start: int, stop: int, workers: int) -> DataLoader[Batch]:
     """Micro-batches `start` to `stop` in order, made by `workers` processes ahead of time (0: in this process)."""
+    indices: Any = range(start, stop)  # any iterable of indices will do; the library's annotation asks for a Sampler
     return DataLoader(
         source,
         batch_size=None,
-        sampler=range(start, stop),
+        sampler=indices,
         num_workers=workers,
         collate_fn=_as_is,
         # A loader seeds its workers from this generator; left out, it would draw from the global one.

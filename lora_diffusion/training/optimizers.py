@@ -41,7 +41,7 @@ def build_optimizer(
     return _load_class(name)(list(groups), betas=betas, eps=eps, weight_decay=weight_decay, **options)
 
 
-def _load_class(name: str) -> type[torch.optim.Optimizer]:
+def _load_class(name: str) -> Callable[..., torch.optim.Optimizer]:
     module, _, attribute = OPTIMIZERS[name].partition(":")
     try:
         return getattr(import_module(module), attribute)

@@ -147,7 +147,8 @@ def test_second_start_moves_the_finished_run_aside(tiny_sd1: Path, tmp_path: Pat
     config = write_config(tmp_path / "run.toml", tiny_sd1, draw_pictures(tmp_path / "pictures"), run={"steps": 3})
     _train(config)
     first = tensor_hash(tmp_path / "run" / "test.safetensors")
-    assert "moved to" in _train(config, "--set", "run.seed=99")
+    _train(config, "--set", "run.seed=99")
+    assert "moved to" in (tmp_path / "run" / "log.txt").read_text()
     assert tensor_hash(tmp_path / "run-previous-1" / "test.safetensors") == first
     assert tensor_hash(tmp_path / "run" / "test.safetensors") != first
 

@@ -1,0 +1,148 @@
+"""From a config to what is trained on: scanned pictures, batches, filled caches."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from lora_diffusion.config import DatasetConfig, TrainConfig
+from lora_diffusion.data.batches import BatchList
+from lora_diffusion.data.buckets import Bucket, Size, make_buckets
+from lora_diffusion.data.cache import LatentCache, TextCache
+from lora_diffusion.data.captions import CaptionOptions, vary_caption
+from lora_diffusion.data.folder import Sample, Scan, scan_folder
+from lora_diffusion.errors import UserError
+from lora_diffusion.models.base import DiffusionModel
+from lora_diffusion.progress import Track
+from lora_diffusion.training.validation import split_validation
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """The scanned pictures of all data set tables and how they fall into batches."""
+
+    scans: tuple[Scan, ...]
+    training: tuple[Sample, ...]
+    validation: tuple[Sample, ...]
+    batches: BatchList
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """Sample id → caption: what a resume compares. Pictures are part of their id."""
+        return {sample.id: sample.caption for sample in self.training}
+
+
+def read_training_set(config: TrainConfig, model: DiffusionModel, num_processes: int, track: Track) -> TrainingSet:
+    """Scan every data set table, hold out validation pictures, list the batches."""
+    scans = tuple(
+        scan_folder(
+            Path(table.path),
+            buckets=buckets_of(table, model),
+            repeats=table.repeats,
+            default_caption=table.default_caption,
+            source=index,
+            track=track,
+        )
+        for index, table in enumerate(config.dataset)
+    )
+    samples = [sample for scan in scans for sample in scan.samples]
+    fraction = config.validation.fraction if config.validation.every else 0.0
+    training, validation = split_validation(samples, fraction, config.run.seed)
+    options = [caption_options(table) for table in config.dataset]
+    validation = [replace(s, caption=_plain_caption(s.caption, options[s.source])) for s in validation]
+    batches = BatchList(
+        buckets=[sample.bucket for sample in training],
+        ids=[sample.id for sample in training],
+        repeats=[sample.repeats for sample in training],
+        batch_size=config.run.batch_size * num_processes,
+        seed=config.run.seed,
+    )
+    return TrainingSet(scans, tuple(training), tuple(validation), batches)
+
+
+def buckets_of(table: DatasetConfig, model: DiffusionModel) -> tuple[Bucket, ...]:
+    """The sizes that this table's pictures are trained at, in pixels."""
+    width, height = table.resolution if isinstance(table.resolution, tuple) else (table.resolution,) * 2
+    step = model.resolution_step if table.bucket_step == "auto" else table.bucket_step
+    if step % model.resolution_step or min(width, height) < step:
+        raise UserError(
+            f"[[dataset]] path = {str(table.path)!r}: resolution {width}x{height} with bucket_step {step} does not "
+            f"fit this model, whose picture sides are multiples of {model.resolution_step} px."
+        )
+    if not table.buckets:
+        return (Size(width // step * step, height // step * step),)
+    return make_buckets(
+        Size(width, height),
+        min_side=table.bucket_min or max(step, min(width, height) // 2),
+        max_side=table.bucket_max or max(width, height) * 2,
+        step=step,
+    )
+
+
+def fill_caches(
+    config: TrainConfig, model: DiffusionModel, data: TrainingSet, track: Track
+) -> tuple[LatentCache, TextCache]:
+    """Encode what is not cached yet. Captions that chance makes are encoded when they come up."""
+    folder = Path(config.cache.folder) if config.cache.enabled else None
+    latents = LatentCache(folder, model.vae_id, model.encode_image)
+    for flips in (False, True):
+        samples = [sample for sample in data.training if config.dataset[sample.source].flip == flips]
+        samples += data.validation if not flips else ()  # validation never mirrors
+        if samples:
+            report = latents.fill(samples, flips=flips, batch_size=4, track=track)
+            logger.info("latents%s: %s", " and mirror images" if flips else "", report)
+    chunks = config.model.max_tokens // 75
+    clip_skip = config.model.clip_skip
+
+    def encode(captions: Sequence[str]) -> torch.Tensor:
+        with torch.no_grad():
+            return model.encode_text(captions, clip_skip=clip_skip, chunks=chunks).hidden.cpu()
+
+    text = TextCache(folder, f"{model.text_encoder_id}-skip{clip_skip}-chunks{chunks}", encode)
+    if not config.adapter.text_encoder:
+        text.fill(_first_captions(config, data), batch_size=16, track=track)
+    return latents, text
+
+
+def _first_captions(config: TrainConfig, data: TrainingSet) -> list[str]:
+    """Each caption with prefix and suffix, and the empty caption where captions may drop out."""
+    options = [caption_options(table) for table in config.dataset]
+    captions = {_plain_caption(sample.caption, options[sample.source]) for sample in data.training}
+    captions |= {sample.caption for sample in data.validation}
+    if any(option.dropout > 0 for option in options):
+        captions.add("")
+    return sorted(captions)
+
+
+def _plain_caption(caption: str, options: CaptionOptions) -> str:
+    """The caption as training reads it when nothing is left to chance."""
+    return vary_caption(caption, options.without_chance(), random.Random(0))
+
+
+def caption_options(table: DatasetConfig) -> CaptionOptions:
+    return CaptionOptions(
+        prefix=table.caption_prefix,
+        suffix=table.caption_suffix,
+        shuffle=table.shuffle_tags,
+        keep_tokens=table.keep_tokens,
+        tag_dropout=table.tag_dropout,
+        dropout=table.caption_dropout,
+    )
+
+
+def token_counts(config: TrainConfig, model: DiffusionModel, data: TrainingSet) -> dict[str, int]:
+    """Tokens of each caption, prefix and suffix included; the largest where two tables share a caption."""
+    counts: dict[str, int] = {}
+    for table, scan in zip(config.dataset, data.scans, strict=True):
+        options = caption_options(table)
+        for caption in {sample.caption for sample in scan.samples}:
+            tokens = model.count_tokens(_plain_caption(caption, options))
+            counts[caption] = max(tokens, counts.get(caption, 0))
+    return counts
