@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import psutil
 import torch
 
 from lora_diffusion.config import TrainConfig
@@ -41,7 +42,7 @@ def run_training(config: TrainConfig, *, resume: bool) -> Path:
         accelerator.wait_for_everyone()
         with _log_file(run.log) if is_main else nullcontext(), _recorded_end(run, resume) if is_main else nullcontext():
             if is_main:
-                _announce(config, run, previous, resume)
+                _announce(config, run, previous, resume=resume, num_processes=accelerator.num_processes)
             trainer = build(config, run, accelerator, resume=resume, track=bar if is_main else silent)
             if is_main:  # only now: a resume that was refused leaves the run's settings and state as they were
                 write_text_atomically(run.config, config.to_toml())
@@ -52,11 +53,17 @@ def run_training(config: TrainConfig, *, resume: bool) -> Path:
     return adapter
 
 
-def _announce(config: TrainConfig, run: RunFolder, previous: Path | None, resume: bool) -> None:
+def _announce(config: TrainConfig, run: RunFolder, previous: Path | None, *, resume: bool, num_processes: int) -> None:
     if previous is not None:
         logger.info("The earlier run in %s moved to %s.", run.path, previous)
     for warning in config.warnings():
         logger.warning("%s", warning)
+    cores = psutil.cpu_count(logical=False) or 1
+    if not torch.cuda.is_available() and torch.get_num_threads() < cores and num_processes == 1:
+        logger.info(
+            "Training on %d of %d cores. accelerate launch --num_cpu_threads_per_process %d uses them all.",
+            torch.get_num_threads(), cores, cores,
+        )  # fmt: skip
     run.control.mkdir(exist_ok=True)
     if not resume:  # a run that ends while pictures are encoded still says what it was
         write_text_atomically(run.config, config.to_toml())
