@@ -75,6 +75,7 @@ def launch(config_path: Path, *arguments: str, launcher: Sequence[str] = ()) -> 
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,  # so that a test can kill the launcher and its children together
     )
 
 
