@@ -61,8 +61,10 @@ def test_the_good_files_that_the_bad_ones_are_made_from_are_accepted(model: Diff
     save_file(good(), tmp_path / "kohya.safetensors")
     tensors, metadata = peft(r=4, lora_alpha=8)
     save_file(tensors, tmp_path / "peft.safetensors", metadata)
-    read_and_attach(tmp_path / "kohya.safetensors", model)
-    read_and_attach(tmp_path / "peft.safetensors", model)
+    for name in ("kohya", "peft"):
+        attachment = AdapterFile.read(tmp_path / f"{name}.safetensors").attach(model.parts)
+        assert len(attachment.matches) > 0
+        assert attachment.unread == ()
 
 
 def one_value(key: str, value: float) -> Tensors:
