@@ -13,13 +13,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lora_diffusion"
 
-FOUNDATION = {"errors", "files", "progress", "streams", "container"}
+FOUNDATION = {"errors", "files", "progress", "streams", "container", "ldm_names"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "progress": set(),
     "streams": set(),
     "files": {"errors"},
     "container": {"errors"},
+    "ldm_names": set(),
     "config": {"errors"},
     "runs": {"config", "errors", "files"},
     "adapters": {"errors", "progress"},
@@ -39,6 +40,7 @@ NEVER_TORCH = [
         "files",
         "progress",
         "container",
+        "ldm_names",
         "config",
         "config_checks",
         "config_errors",

@@ -1,0 +1,25 @@
+"""The weight of a frozen layer, also when the layer keeps it in fewer bits than it computes with."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+Layer = nn.Linear | nn.Conv2d
+
+
+@runtime_checkable
+class Quantised(Protocol):
+    """A Linear whose `weight` is a packed form of the real one."""
+
+    def dequantised_weight(self) -> Tensor:
+        """The real weight (out, in), in the dtype that the layer computes with."""
+        ...
+
+
+def full_weight(layer: Layer) -> Tensor:
+    """The layer's weight in float32 (float64 stays), (out, in[, k, k]). Dequantised anew at each call."""
+    weight = layer.dequantised_weight() if isinstance(layer, Quantised) else layer.weight
+    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
