@@ -95,7 +95,8 @@ def generate(
 ) -> None:
     """Draw pictures with any number of adapters, each at its own strength."""
     with errors_as_messages(debug):
-        from lora_diffusion.generation.request_line import parse_adapter, parse_size, write_pictures
+        from lora_diffusion.formats.argument import parse_adapter
+        from lora_diffusion.generation.request_line import parse_size, write_pictures
 
         adapters = dict(parse_adapter(text) for text in adapter or ())
         picture_size = parse_size(size) if size else None

@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 """Group (a folder, a file, or the files config*.py) → groups below it. Everything else is on top and imports freely."""
 
-ON_TOP = {"launch", "recipe", "recipe_data", "training_run", "check", "cli"}
+ON_TOP = {"launch", "recipe", "recipe_adapters", "recipe_data", "training_run", "check", "cli"}
 NEVER_TORCH = [
     *(
         "errors",
