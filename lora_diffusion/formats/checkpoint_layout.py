@@ -139,7 +139,9 @@ def _unet_names(keys: Iterable[str]) -> dict[str, str]:
     """Key → name of the UNet's tensors in a single file. What has no name in diffusers is left out."""
     paths = {key: key.removeprefix(UNET_PREFIX) for key in keys if key.startswith(UNET_PREFIX)}
     # A downsampler ends each group of layers_per_block + 1 input blocks; the published models all have 2 layers.
-    downsamplers = [int(match[1]) for path in paths.values() if (match := re.match(r"input_blocks\.(\d+)\.0\.op", path))]
+    downsamplers = [
+        int(match[1]) for path in paths.values() if (match := re.match(r"input_blocks\.(\d+)\.0\.op", path))
+    ]
     layers_per_block = max(1, min(downsamplers, default=3) - 1)
     names: dict[str, str] = {}
     for key, path in paths.items():
