@@ -12,8 +12,8 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from io import BufferedReader, BufferedWriter
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -120,8 +120,8 @@ def write_changed(
         sync_folder(out.parent)
     except OSError as error:
         raise RunError(
-            f"{out}: cannot be written ({error.strerror or error}). Nothing was left there; check the space and the "
-            "permissions."
+            f"{out}: could not be written whole, and nothing was left there ({error}). Check the space on the disk and "
+            "the permissions."
         ) from error
 
 
@@ -168,7 +168,7 @@ class _Copy:
                 entry = _read_tensor(old, header.data_start + info.begin, info.shape, DTYPES[info.dtype])
                 for name in layers[key]:
                     self._change(name, entry)
-                new.write(memoryview(entry.reshape(-1).view(torch.uint8).numpy()))
+                new.write(entry.reshape(-1).view(torch.uint8).numpy().data)
             _sync(new)
 
     def _change(self, name: str, entry: Tensor) -> None:
@@ -180,15 +180,16 @@ class _Copy:
         if delta.shape != weight.shape:
             raise ValueError(f"the change of {name} has shape {tuple(delta.shape)}, its weight {tuple(weight.shape)}")
         total = weight + delta.to(torch.float32)
-        rounded = total.to(entry.dtype)
-        if not torch.isfinite(rounded.to(torch.float32)).all():
-            limit = torch.finfo(entry.dtype).max
+        limit = torch.finfo(entry.dtype).max
+        if not (
+            total.abs() <= limit
+        ).all():  # before the rounding, which may stop at the limit in float8; NaN fails too
             raise BaseFileError(
                 f"{place.file}: {place.key} would no longer be finite: values of up to {total.abs().max():.3g} where "
                 f"{place.dtype} ends at {limit:.3g}. Lower the strength, look for damage in what is added, or use a "
                 "float32 copy of the base. Nothing was written."
             )
-        rows.copy_(rounded)
+        rows.copy_(total.to(entry.dtype))
 
     def _warn_if_outdated(self, source: Path, changed: set[Path]) -> None:
         """Other variants and pickles of a changed component still hold its old weights."""
@@ -258,7 +259,7 @@ def _regular_files(folder: Path) -> Iterator[Path]:
             logger.warning("%s is left out of the copy: it is no regular file, or a link that leads nowhere", path)
 
 
-def _header_bytes(file: BinaryIO, header: Header, added: Mapping[str, str]) -> bytes:
+def _header_bytes(file: BufferedReader, header: Header, added: Mapping[str, str]) -> bytes:
     """The file's own header, with other metadata if that changes."""
     start = file.read(header.data_start)
     metadata = {key: value for key, value in header.metadata.items() if key not in _FALSE_AFTER_A_CHANGE} | dict(added)
@@ -271,18 +272,18 @@ def _header_bytes(file: BinaryIO, header: Header, added: Mapping[str, str]) -> b
     return len(text).to_bytes(8, "little") + text
 
 
-def _read_tensor(file: BinaryIO, begin: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _read_tensor(file: BufferedReader, begin: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     count = torch.Size(shape).numel()
     if count == 0:
         return torch.zeros(shape, dtype=dtype)
     data = bytearray(count * dtype.itemsize)
     file.seek(begin)
-    if file.readinto(data) != len(data):  # type: ignore[attr-defined]
+    if file.readinto(data) != len(data):
         raise OSError(f"{file.name} became shorter while it was read")
     return torch.frombuffer(data, dtype=dtype).reshape(shape)
 
 
-def _copy_bytes(old: BinaryIO, new: BinaryIO, count: int) -> None:
+def _copy_bytes(old: BufferedReader, new: BufferedWriter, count: int) -> None:
     while count:
         piece = old.read(min(count, CHUNK_BYTES))
         if not piece:
@@ -291,6 +292,6 @@ def _copy_bytes(old: BinaryIO, new: BinaryIO, count: int) -> None:
         count -= len(piece)
 
 
-def _sync(file: BinaryIO) -> None:
+def _sync(file: BufferedWriter) -> None:
     file.flush()
     os.fsync(file.fileno())

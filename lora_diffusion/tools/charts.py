@@ -118,7 +118,9 @@ def heat_map(
     num_rows = math.ceil(len(blocks) / num_columns)
     upper_px, lower_px = min(500, 260 + 40 * len(labels)), 112 * num_rows + 34
     figure = _figure(_WIDTH_PX[0], upper_px + (lower_px if blocks else 0))
-    upper, lower = figure.subfigures(2, 1, height_ratios=(upper_px, lower_px)) if blocks else (figure, None)
+    upper, lower = figure, None
+    if blocks:
+        upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=(upper_px, lower_px)).flat
     axes = upper.subplots()
     image = _draw_matrix(axes, whole)
     names = [_short(label) for label in labels]
@@ -147,9 +149,10 @@ def heat_map(
 def _figure(width_px: int, height_px: int) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(width_px / DPI, height_px / DPI), dpi=DPI, facecolor="white", layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08)
+    figure = Figure(figsize=(width_px / DPI, height_px / DPI), dpi=DPI, facecolor="white", layout=layout)
     FigureCanvasAgg(figure)  # no pyplot: it keeps global state and picks a display
     return figure
 
@@ -187,7 +190,7 @@ def _short(label: str, length: int = 24) -> str:
 
 
 def _stretch(block: str) -> str:
-    """ "down 1" of "down 1.0": what is drawn together."""
+    """The blocks drawn together: "down 1" for "down 1.0"."""
     return block.replace(".", " ").rpartition(" ")[0] or block
 
 
