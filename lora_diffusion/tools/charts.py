@@ -131,7 +131,8 @@ def heat_map(
     if len(labels) <= _MAX_NUMBERED:
         _write_numbers(axes, whole)
     upper.suptitle(title, x=0.01, ha="left", fontsize=12, color=TEXT, fontweight="bold")
-    bar = upper.colorbar(image, ax=axes, shrink=0.8, ticks=(-1, -0.5, 0, 0.5, 1))
+    axes.set_anchor("W")
+    bar = upper.colorbar(image, cax=axes.inset_axes((1.06, 0.1, 0.045, 0.8)), ticks=(-1, -0.5, 0, 0.5, 1))
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     bar.ax.tick_params(colors=TEXT, labelsize=9, length=0)
     if lower is not None:

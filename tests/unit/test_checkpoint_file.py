@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_diffusion.container import ContainerError, read_header
-from lora_diffusion.errors import UserError
+from lora_diffusion.errors import RunError, UserError
 from lora_diffusion.formats.checkpoint_file import BaseWeights, Change, write_changed
 from lora_diffusion.formats.checkpoint_layout import BaseFileError
 from lora_diffusion.models.families import family_of_checkpoint
@@ -469,3 +469,17 @@ def test_odd_files_are_left_out_and_links_to_folders_refused(tiny_sd1: Path, tmp
     with pytest.raises(BaseFileError, match="link to a folder"):
         write_changed(BaseWeights.open(folder), tmp_path / "again", {FC1: noise})
     assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a limit on the size of files")
+def test_a_full_disk_leaves_nothing_behind(single_file: Path, tmp_path: Path) -> None:
+    import resource
+
+    base, limits = BaseWeights.open(single_file), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (single_file.stat().st_size // 2, limits[1]))
+    try:
+        with pytest.raises(RunError, match=r"out\.safetensors: could not be written whole"):
+            write_changed(base, tmp_path / "out.safetensors", {FC1: noise})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
