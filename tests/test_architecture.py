@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "formats": {"adapters"} | FOUNDATION,
     "models": {"diffusion"} | FOUNDATION,
     "generation": {"models", "adapters", "formats", "diffusion"} | FOUNDATION,
+    "tools": {"models", "adapters", "formats"} | FOUNDATION,
     "training": {"data", "models", "adapters", "formats", "diffusion", "generation", "runs"} | FOUNDATION,
 }
 """Group (a folder, a file, or the files config*.py) → groups below it. Everything else is on top and imports freely."""
