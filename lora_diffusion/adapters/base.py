@@ -8,9 +8,8 @@ from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call  # pyright: ignore[reportUnknownVariableType]
 
-Layer = nn.Linear | nn.Conv2d
+from lora_diffusion.adapters.frozen import Layer, full_weight
 
 
 class Adapter(nn.Module, ABC):
@@ -68,12 +67,12 @@ class Adapter(nn.Module, ABC):
 
 def with_weight(base: Layer, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`base(x)` with another weight, and with another bias if one is given; stride, padding and the rest as in base."""
-    replaced = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-    return functional_call(base, replaced, (x,))
+    bias = base.bias if bias is None else bias
+    if isinstance(base, nn.Linear):
+        return nn.functional.linear(x, weight, bias)
+    return base._conv_forward(x, weight, bias)  # pyright: ignore[reportPrivateUsage]  # knows the padding mode
 
 
 def changed_weight(adapter: Adapter) -> Tensor:
-    """W + strength · delta, added in float32 and rounded once to the dtype of W."""
-    weight = adapter.base.weight
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    return (weight.to(wide) + adapter.strength * adapter.delta()).to(weight.dtype)
+    """W + strength · delta, added in float32 and rounded once to the dtype that the base computes with."""
+    return (full_weight(adapter.base) + adapter.strength * adapter.delta()).to(adapter.base.weight.dtype)

@@ -9,7 +9,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from lora_diffusion.adapters.base import Adapter, Layer, changed_weight
+from lora_diffusion.adapters.base import Adapter, changed_weight
+from lora_diffusion.adapters.frozen import Layer, unquantised
 from lora_diffusion.adapters.stack import AdapterStack
 from lora_diffusion.errors import UserError
 
@@ -86,11 +87,12 @@ def eject(root: nn.Module, adapters: Mapping[str, Adapter] | Mapping[str, Adapte
 def merge(root: nn.Module, adapters: Mapping[str, Adapter]) -> None:
     """Write W + strength · delta into the layers, then eject.
 
-    Added in float32 and rounded once to the stored dtype. There is no way back: keep a copy of the base if needed.
+    Added in float32 and rounded once to the dtype of the base. A quantised layer gives way to a plain one, since packing
+    the sum would round it again. There is no way back: keep a copy of the base if needed.
     """
     eject(root, adapters)
-    for adapter in adapters.values():
-        adapter.base.weight.copy_(changed_weight(adapter))
+    for path, adapter in adapters.items():
+        root.set_submodule(path, unquantised(adapter.base, changed_weight(adapter)))
 
 
 def _patterns(targets: str | Sequence[str]) -> list[re.Pattern[str]]:
