@@ -23,15 +23,3 @@ def full_weight(layer: Layer) -> Tensor:
     """The layer's weight in float32 (float64 stays), (out, in[, k, k]). Dequantised anew at each call."""
     weight = layer.dequantised_weight() if isinstance(layer, Quantised) else layer.weight
     return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-
-
-def unquantised(layer: Layer, weight: Tensor) -> Layer:
-    """`layer` with `weight` written into it; where it is quantised, a plain frozen Linear in its place."""
-    if not isinstance(layer, Quantised):
-        layer.weight.copy_(weight)
-        return layer
-    assert isinstance(layer, nn.Linear)
-    plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta", dtype=weight.dtype)
-    plain.weight = nn.Parameter(weight, requires_grad=False)
-    plain.bias = layer.bias
-    return plain.train(layer.training)

@@ -4,7 +4,6 @@ arXiv:2305.14314): what is multiplied with is the weight unpacked again, in the 
 
 from __future__ import annotations
 
-import logging
 from importlib import import_module
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from lora_diffusion.errors import UserError
 
 QuantiseKind = Literal["none", "nf4", "int8"]
+
 
 def quantise_linears(unet: nn.Module, kind: QuantiseKind, device: torch.device | str) -> None:
     """Put a `QuantisedLinear` on `device` in the place of every Linear below `unet`; convolutions stay as they are.
@@ -59,8 +59,8 @@ class QuantisedLinear(nn.Linear):
         """A stand-in with the shape, dtype and device of the real weight and no memory. Its values are NaN, so that
         arithmetic meant for `dequantised_weight` does not go unnoticed.
         """
-        device = next(self.packed.parameters()).device
-        return torch.full((1, 1), torch.nan, dtype=self.dtype, device=device).expand(self.out_features, self.in_features)
+        nan = torch.full((), torch.nan, dtype=self.dtype, device=self.packed.values.device)
+        return nan.expand(self.out_features, self.in_features)
 
     def dequantised_weight(self) -> Tensor:
         """The weight (out, in) that this layer multiplies with, in the base's dtype. Unpacked anew at each call."""
@@ -99,8 +99,8 @@ class NF4Weight(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.num_values = weight.numel()
-        # One block per row: on CPUs with AVX-512, bitsandbytes 0.50 misplaces the scales of rows that are longer than a
-        # block but no multiple of one.
+        # One block per row: where rows are no multiple of a block, such as 96 values, bitsandbytes 0.50 unpacks with
+        # misplaced scales on CPUs with AVX-512.
         blocks = nn.functional.pad(weight.flatten(), (0, -self.num_values % self.BLOCK)).view(-1, self.BLOCK)
         packed, state = _bitsandbytes().quantize_4bit(
             blocks, blocksize=self.BLOCK, compress_statistics=True, quant_type="nf4"
@@ -158,8 +158,6 @@ def _frozen(tensor: Tensor) -> nn.Parameter:
 
 def _bitsandbytes() -> Any:
     """bitsandbytes.functional, imported only when it is used."""
-    # On a CPU it recommends a package for a kernel that is not used here.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         return import_module("bitsandbytes.functional")
     except ImportError as error:
