@@ -93,9 +93,9 @@ def merge(root: nn.Module, adapters: Mapping[str, Adapter]) -> None:
     eject(root, adapters)
     for path, adapter in adapters.items():
         if isinstance(adapter.base, Quantised):
-            root.set_submodule(path, _plain_linear(adapter.base, changed_weight(adapter)))
-        else:
-            adapter.base.weight.copy_(changed_weight(adapter))
+            adapter.base = _plain_linear(adapter.base, adapter.base.dequantised_weight())
+            root.set_submodule(path, adapter.base)
+        adapter.base.weight.copy_(changed_weight(adapter))
 
 
 def _plain_linear(layer: Layer, weight: Tensor) -> nn.Linear:
