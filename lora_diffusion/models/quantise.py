@@ -16,17 +16,17 @@ from lora_diffusion.errors import UserError
 QuantiseKind = Literal["none", "nf4", "int8"]
 
 
-def quantise_linears(unet: nn.Module, kind: QuantiseKind, device: torch.device | str) -> None:
-    """Put a `QuantisedLinear` on `device` in the place of every Linear below `unet`; convolutions stay as they are.
+def quantise_linears(root: nn.Module, kind: QuantiseKind, device: torch.device | str) -> None:
+    """Put a `QuantisedLinear` on `device` in the place of every Linear below `root`; convolutions stay as they are.
 
-    One layer at a time: `device` never holds a second copy of more than one weight. The few layers that embed the
-    timestep are no exception: in NF4 they add 0.2 % to the error of a prediction, and all layers together 3 %.
+    One layer at a time: `device` never holds a second copy of more than one weight. Those that embed the timestep are
+    no exception: on the base that ships, in NF4, they change a prediction by 0.2 %, and all layers together by 3 %.
     """
     if kind == "none":
         return
-    paths = [path for path, module in unet.named_modules() if isinstance(module, nn.Linear)]
+    paths = [path for path, module in root.named_modules() if isinstance(module, nn.Linear)]
     for path in paths:
-        unet.set_submodule(path, QuantisedLinear(unet.get_submodule(path), kind, device))
+        root.set_submodule(path, QuantisedLinear(root.get_submodule(path), kind, device))
 
 
 def check_quantise(kind: QuantiseKind) -> None:
@@ -142,9 +142,10 @@ class Int8Weight(nn.Module):
         self.scales = _frozen(scales)  # (out, 1), float32
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
-        """The weight, (out, in). Multiplied in float32 and rounded once, without a float32 copy on a GPU."""
+        """The weight, (out, in)."""
         assert self.scales.dtype == torch.float32, "a quantised layer was cast to another dtype"
-        return torch.mul(self.values, self.scales, out=torch.empty_like(self.values, dtype=dtype))
+        # 16 bits hold the whole numbers exactly, and torch multiplies in the scales' float32: rounded once.
+        return self.values.to(dtype).mul_(self.scales)
 
 
 PACKINGS: dict[str, type[NF4Weight] | type[Int8Weight]] = {"nf4": NF4Weight, "int8": Int8Weight}

@@ -248,3 +248,20 @@ def test_missing_bitsandbytes_names_the_command_that_installs_it(monkeypatch: py
         check_quantise("nf4")
     check_quantise("int8")
     check_quantise("none")
+
+
+@pytest.mark.gpu
+@kinds
+def test_gpu_agrees_with_the_cpu_and_can_be_captured_in_a_graph(kind: Literal["nf4", "int8"]) -> None:
+    layer = gaussian_linear(320, 640, dtype=torch.bfloat16)
+    on_cpu, on_gpu = QuantisedLinear(layer, kind, "cpu"), QuantisedLinear(layer, kind, "cuda")
+    # a value half-way between two levels may fall to either side
+    assert relative_error(on_gpu.dequantised_weight().cpu(), on_cpu.dequantised_weight()) < 0.01
+    x = inputs_for(layer).cuda()
+    expected = on_gpu(x)
+    torch.testing.assert_close(on_cpu.to("cuda")(x), expected, rtol=0.02, atol=0.02)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        output = on_gpu(x)
+    graph.replay()
+    assert torch.equal(output, expected)
