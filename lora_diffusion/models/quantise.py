@@ -113,19 +113,14 @@ class NF4Weight(nn.Module):
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """The values in order, (num_values,)."""
-        library = _bitsandbytes()
         assert self.scale_of_scales.dtype == torch.float32, "a quantised layer was cast to another dtype"
-        scales = library.dequantize_blockwise(
-            self.scales, absmax=self.scale_of_scales, code=self.scale_code, blocksize=self.GROUP
+        operators = torch.ops.bitsandbytes  # the ones below bitsandbytes.functional, which torch.compile sees through
+        scales = operators.dequantize_blockwise(
+            self.scales, self.scale_of_scales, self.scale_code, self.GROUP, torch.float32
         )
-        state = library.QuantState(
-            absmax=scales + self.scale_mean,
-            shape=torch.Size((len(scales), self.BLOCK)),
-            dtype=dtype,
-            blocksize=self.BLOCK,
-            quant_type="nf4",
-        )
-        return library.dequantize_4bit(self.values, state).flatten()[: self.num_values]
+        shape = (len(scales), self.BLOCK)
+        blocks = operators.dequantize_4bit(self.values, scales + self.scale_mean, self.BLOCK, "nf4", shape, dtype)
+        return blocks.flatten()[: self.num_values]
 
 
 class Int8Weight(nn.Module):
