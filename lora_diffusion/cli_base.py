@@ -32,6 +32,8 @@ def errors_as_messages(debug: bool) -> Iterator[None]:
     terminal.addFilter(lambda record: not getattr(record, "file_only", False))
     logging.basicConfig(format="%(message)s", handlers=[terminal])
     logging.getLogger("lora_diffusion").setLevel(logging.INFO)
+    # diffusers imports bitsandbytes wherever it is installed, which then misses a kernel that is not used here.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     for library in ("TRANSFORMERS", "DIFFUSERS"):  # their notes are about parts of them that we do not use
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     try:

@@ -106,6 +106,7 @@ def load_base(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> 
         dtype=dtype,
         device=device,
         attention=config.model.attention,
+        quantise=config.model.quantise,
     )
     merge_into_base(config, model)
     return model

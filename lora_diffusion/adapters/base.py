@@ -9,7 +9,6 @@ from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call  # pyright: ignore[reportUnknownVariableType]
 
 from lora_diffusion.adapters.frozen import Layer, stored_weight, wide
 
@@ -114,10 +113,10 @@ class Adapter(nn.Module, ABC):
 
 def with_weight(base: Layer, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`base(x)` with another weight, and with another bias if one is given; stride, padding and the rest as in base."""
-    if isinstance(base, nn.Linear):  # the layer's own forward may unpack a quantised weight
-        return nn.functional.linear(x, weight, base.bias if bias is None else bias)
-    replaced = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-    return functional_call(base, replaced, (x,))
+    bias = base.bias if bias is None else bias
+    if isinstance(base, nn.Linear):
+        return nn.functional.linear(x, weight, bias)
+    return base._conv_forward(x, weight, bias)  # pyright: ignore[reportPrivateUsage]  # knows the padding mode
 
 
 def apply_weight(base: Layer, x: Tensor, weight: Tensor) -> Tensor:

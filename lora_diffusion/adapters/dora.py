@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from lora_diffusion.adapters.base import Adapter, Layer
-from lora_diffusion.adapters.fitting import layer_shape
 from lora_diffusion.adapters.frozen import full_weight
 from lora_diffusion.adapters.geometry import DORA_SCALE, geometry_of, kind_of
 from lora_diffusion.adapters.loha import LoHa
@@ -102,7 +101,7 @@ class DoRA(Adapter):
             axis = geometry_of({name: tuple(tensor.shape) for name, tensor in tensors.items()}).dora_axis
         except ValueError as error:
             raise UserError(f"not a DoRA: {error}") from None
-        shape = layer_shape(base)
+        shape = tuple(base.weight.shape)
         expected = [1] * len(shape)
         expected[axis or 0] = shape[axis or 0]
         if tensors[DORA_SCALE].numel() != shape[axis or 0]:

@@ -15,15 +15,7 @@ from lora_diffusion.errors import UserError
 
 def layer_size(base: Layer) -> tuple[int, int]:
     """(outputs, inputs): rows of the weight, and columns with the kernel flattened into them."""
-    weight = base.weight
-    if weight.is_floating_point():
-        return weight.shape[0], math.prod(weight.shape[1:])
-    return base.out_features, base.in_features  # pyright: ignore  # a quantised Linear, whose weight is packed
-
-
-def layer_shape(base: Layer) -> tuple[int, ...]:
-    """The shape of the real weight, also where a packed one is stored."""
-    return tuple(base.weight.shape) if base.weight.is_floating_point() else layer_size(base)
+    return base.weight.shape[0], math.prod(base.weight.shape[1:])
 
 
 def check_fit(base: Layer, tensors: Mapping[str, Tensor], *, kind: str) -> Geometry:

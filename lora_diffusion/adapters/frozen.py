@@ -12,7 +12,7 @@ Layer = nn.Linear | nn.Conv2d
 
 @runtime_checkable
 class Quantised(Protocol):
-    """A Linear whose `weight` is a packed form of the real one."""
+    """A Linear that keeps its weight packed: `weight` has the real one's shape, dtype and device, but no values."""
 
     def dequantised_weight(self) -> Tensor:
         """The real weight (out, in), in the dtype that the layer computes with."""

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lora_diffusion.adapters.base import Adapter, Layer, changed_weight
+from lora_diffusion.adapters.base import Adapter, changed_weight
+from lora_diffusion.adapters.frozen import Layer, Quantised
 from lora_diffusion.adapters.stack import AdapterStack
 from lora_diffusion.errors import UserError
 
@@ -86,11 +87,24 @@ def eject(root: nn.Module, adapters: Mapping[str, Adapter] | Mapping[str, Adapte
 def merge(root: nn.Module, adapters: Mapping[str, Adapter]) -> None:
     """Write W + strength · delta into the layers, then eject.
 
-    Added in float32 and rounded once to the stored dtype. There is no way back: keep a copy of the base if needed.
+    Added in float32 and rounded once to the dtype of the base. A quantised layer gives way to a plain one: packed, the
+    sum would be rounded again. There is no way back: keep a copy of the base if needed.
     """
     eject(root, adapters)
-    for adapter in adapters.values():
+    for path, adapter in adapters.items():
+        if isinstance(adapter.base, Quantised):
+            adapter.base = _plain_linear(adapter.base, adapter.base.dequantised_weight())
+            root.set_submodule(path, adapter.base)
         adapter.base.weight.copy_(changed_weight(adapter))
+
+
+def _plain_linear(layer: Layer, weight: Tensor) -> nn.Linear:
+    """A frozen Linear with `weight` and the bias of `layer`."""
+    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    bias = layer.bias
+    plain.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+    return plain.train(layer.training)
 
 
 def _patterns(targets: str | Sequence[str]) -> list[re.Pattern[str]]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_diffusion.adapters.base import Adapter, Layer
-from lora_diffusion.adapters.fitting import alpha_of, check_fit, layer_shape, layer_size, trainable
+from lora_diffusion.adapters.fitting import alpha_of, check_fit, layer_size, trainable
 from lora_diffusion.adapters.geometry import ALPHA, LOHA, LOHA_TUCKER
 
 
@@ -65,7 +65,7 @@ class LoHa(Adapter):
     def delta(self) -> Tensor:
         first = hadamard_half(self.hada_w1_a, self.hada_w1_b, self.hada_t1)
         second = hadamard_half(self.hada_w2_a, self.hada_w2_b, self.hada_t2)
-        return (self.scale * first * second).reshape(layer_shape(self.base))
+        return (self.scale * first * second).reshape(self.base.weight.shape)
 
     def change(self, x: Tensor, strength: float | Tensor) -> Tensor:
         # The products are as large as the layer's weight: made again in backward instead of kept.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_diffusion.adapters.base import Adapter, Layer
-from lora_diffusion.adapters.fitting import alpha_of, check_fit, layer_shape, trainable
+from lora_diffusion.adapters.fitting import alpha_of, check_fit, trainable
 from lora_diffusion.adapters.geometry import ALPHA, LOKR
 
 
@@ -53,7 +53,7 @@ class LoKr(Adapter):
             raise ValueError(f"rank is {rank}, init is {init!r}; a LoKr needs a rank of 1 or more and init 'default'")
         self.rank = rank
         self.alpha = float(alpha)
-        shape = layer_shape(base)
+        shape = tuple(base.weight.shape)
         (a, outputs), (b, inputs) = split(shape[0], factor), split(shape[1], factor)
         generator = generator or torch.Generator().manual_seed(0)
         factors = {"lokr_w1": torch.empty(a, b)}
@@ -125,7 +125,7 @@ class LoKr(Adapter):
             w2 = torch.einsum("ijkl,jq,ip->pqkl", self.lokr_t2, self.lokr_w2_b, self.lokr_w2_a)
         else:
             w2 = _multiplied(self.lokr_w2, self.lokr_w2_a, self.lokr_w2_b)
-        return w1.flatten(1), w2.reshape(w2.shape[0], -1, *layer_shape(self.base)[2:])
+        return w1.flatten(1), w2.reshape(w2.shape[0], -1, *self.base.weight.shape[2:])
 
     def _take(self, factors: Mapping[str, Tensor]) -> None:
         for name in LOKR:

@@ -15,6 +15,7 @@ from lora_diffusion.models.attention import AttentionKind, set_attention
 from lora_diffusion.models.base import DiffusionModel, ModelError
 from lora_diffusion.models.components import PICKLE_SUFFIXES, read_folder, read_json, read_single_file
 from lora_diffusion.models.families import FAMILIES, NAMES, Evidence, family_of_checkpoint, family_of_config
+from lora_diffusion.models.quantise import QuantiseKind, check_quantise, quantise_linears
 
 HUB_FILES = ("model_index.json", "*/*.json", "tokenizer/*")
 HUB_WEIGHTS = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model")
@@ -31,13 +32,16 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     attention: AttentionKind = "auto",
+    quantise: QuantiseKind = "none",
 ) -> DiffusionModel:
     """The base model at `path`, frozen and in evaluation mode.
 
     path: a diffusers folder, a single .safetensors checkpoint, or a hub id such as "owner/name".
+    quantise: how the UNet's linear layers are kept; they compute in `dtype` either way.
     Raises ModelError (or ContainerError for a damaged file) if it cannot be found, is a pickle, is of another family
     than asked for, or of one this version does not train.
     """
+    check_quantise(quantise)
     source = find(path)
     evidence = detect_family(source)
     _check_family(source, family, evidence)
@@ -48,6 +52,7 @@ def load_model(
     model = FAMILIES[evidence.family](
         **vars(parts), dtype=dtype, prediction=prediction, zero_terminal_snr=zero_terminal_snr
     )
+    quantise_linears(model.unet, quantise, device)  # before the rest: `device` never sees the full weights together
     set_attention(model.unet, attention, torch.device(device))
     return model.to(device)
 
