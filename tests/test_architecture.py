@@ -23,6 +23,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ldm_names": set(),
     "config": {"errors"},
     "runs": {"config", "errors", "files"},
+    "workspace": set(),
+    "jobs": {"config", "runs", "workspace"} | FOUNDATION,
+    "serving": {"generation", "models", "adapters", "formats", "diffusion", "workspace"} | FOUNDATION,
     "adapters": {"errors", "progress"},
     "diffusion": {"errors"},
     "data": FOUNDATION,
@@ -35,16 +38,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Group (a folder, a file, or the files config*.py) → groups below it. Everything else is on top and imports freely."""
 
 ON_TOP = {
-    "launch",
-    "recipe",
-    "recipe_adapters",
-    "recipe_data",
-    "training_run",
-    "check",
-    "cli",
-    "cli_base",
-    "cli_files",
-    "cli_merge",
+    *("launch", "recipe", "recipe_adapters", "recipe_data", "training_run", "check"),
+    *("cli", "cli_base", "cli_files", "cli_merge", "cli_serve", "cli_queue"),
 }
 NEVER_TORCH = [
     *(
@@ -58,6 +53,7 @@ NEVER_TORCH = [
         "config_errors",
         "config_file",
         "runs",
+        "workspace",
         "cli",
         "cli_base",
     ),
