@@ -132,8 +132,8 @@ def test_each_request_is_taken_once(run: RunFolder) -> None:
     run.ask("stop")
     (run.control / "unrelated").write_text("x")
 
-    assert run.take_control() == ["stop", "save_now"]
-    assert run.take_control() == []
+    assert run.take_control() == {"stop": {}, "save_now": {}}
+    assert run.take_control() == {}
 
 
 def test_a_request_left_by_an_earlier_start_does_not_stop_the_next_one(run: RunFolder) -> None:
@@ -142,7 +142,7 @@ def test_a_request_left_by_an_earlier_start_does_not_stop_the_next_one(run: RunF
     with run.lock():
         run.prepare(resume=True)
 
-        assert run.take_control() == []
+        assert run.take_control() == {}
 
 
 # Lock
@@ -250,7 +250,7 @@ def test_a_start_that_failed_before_its_first_result_is_repeated_in_place(run: R
         run.end("failed", Failure("DataError", "no such folder"))
     with run.lock():
         assert run.prepare() is None
-        assert run.take_control() == []
+        assert run.take_control() == {}
 
     assert [path.name for path in run.path.parent.iterdir()] == ["ink"]
 
