@@ -149,7 +149,9 @@ def _print_table(jobs: list[Job]) -> None:
     console.print(table)
     for job in jobs:
         if job.error is not None and job.id > 0:
-            console.print(f"\njob {job.id}: {job.error.message} {job.error.hint}".rstrip(), markup=False, highlight=False)
+            console.print(
+                f"\njob {job.id}: {job.error.message} {job.error.hint}".rstrip(), markup=False, highlight=False
+            )
 
 
 def _time_left(job: Job) -> str:

@@ -27,9 +27,8 @@ def fake_command(config: Path, resume: bool) -> list[str]:
 
 def toml(name: str = "ink", *, steps: int = 10, how: str = "0.01", **run: str) -> str:
     keys = "".join(f'{key} = "{value}"\n' for key, value in run.items())
-    return (
-        f'# my run\n[run]\nname = "{name}"\nsteps = {steps}\n{keys}[model]\npath = "base"\n[[dataset]]\npath = "{how}"\n'
-    )
+    run_table = f'[run]\nname = "{name}"\nsteps = {steps}\n{keys}'
+    return f'# my run\n{run_table}[model]\npath = "base"\n[[dataset]]\npath = "{how}"\n'
 
 
 def wait_for(is_so: Callable[[], bool], timeout_s: float = 30.0) -> None:

@@ -123,7 +123,9 @@ class RunFollower:
     def checkpoints(self) -> list[int]:
         """Steps that the run can be continued from."""
         folder = self.run.checkpoints
-        return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal()) if folder.is_dir() else []
+        return (
+            sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal()) if folder.is_dir() else []
+        )
 
     def adapters(self) -> list[AdapterEntry]:
         """Adapter files in order of steps, the result last."""
@@ -132,7 +134,9 @@ class RunFollower:
         results = sorted(set(self.run.path.glob("*.safetensors")) - set(by_step.values()))
         entries = [(path, step, step == released) for step, path in by_step.items()]
         entries += [(path, None, False) for path in results]
-        return [AdapterEntry(path, step, size, is_released) for path, step, is_released in entries if (size := _size(path))]
+        return [
+            AdapterEntry(path, step, size, is_released) for path, step, is_released in entries if (size := _size(path))
+        ]
 
     def files(self) -> list[Path]:
         """What lies directly in the run folder for people to take: adapters, pictures, config, log, model card."""
@@ -165,7 +169,7 @@ def smooth(values: Sequence[float], share: float) -> list[float]:
 
 
 def thin_out(values: Sequence[float], points: int) -> list[int]:
-    """Indices of at most `points` values: the first, the last, and the least and greatest of each equal part between."""
+    """Indices of at most `points` values: first, last, and the least and greatest of equal parts between."""
     if len(values) <= points:
         return list(range(len(values)))
     inner = len(values) - 2
@@ -187,7 +191,7 @@ class _Tail:
     def read(self, path: Path, at_most: int | None = None) -> tuple[bool, bytes]:
         """(whether the file is another one than before or shorter, the new whole lines).
 
-        at_most: skip older lines where there are more bytes than that. A last line without an end waits for the next call.
+        at_most: skip older lines where there are more bytes than that. A last line without an end is left for later.
         """
         try:
             with path.open("rb") as file:

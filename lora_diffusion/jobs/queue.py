@@ -249,7 +249,7 @@ class Queue:
         return self.job(self._store.add(config.run.name, config.run.steps or 0, prepare, waiting=False))
 
     def _make_run_folder(self, wanted: Path, taken: Container[str]) -> str:
-        """Makes the first of `wanted`, `wanted-2`, … that nothing is in and no job has; returns it as configs say it."""
+        """Makes the first of `wanted`, `wanted-2`, … that is empty and no job's; returns it as configs say it."""
         number = 1
         while True:
             path = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")

@@ -190,7 +190,7 @@ def test_a_training_that_does_not_react_is_ended_by_force(tmp_path: Path) -> Non
         work.queue.stop(id)
         job = work.work_until(id, "interrupted")
 
-    assert job.error is not None and "signal 9" in job.error.message
+    assert job.error is not None and "was ended by force at step 2 of 10" in job.error.message
     assert job.step == 2
 
 
