@@ -65,6 +65,10 @@ class Limits:
     requests: int = 600
 
 
+class _TooMuch(Exception):
+    """A body beyond the limits."""
+
+
 @dataclass
 class Guard:
     """ASGI middleware.
@@ -98,7 +102,18 @@ class Guard:
             else:
                 await _answer(send, 401, "Log in first.")
             return
-        await self.app(scope, self._counted(receive, headers), send)
+        has_begun = False
+
+        async def sending(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, self._counted(receive, headers), sending)
+        except _TooMuch:
+            if not has_begun:
+                await _answer(send, 413, "The request has more bytes or files than it may have.")
 
     def _refusal(self, scope: Message, headers: dict[bytes, str]) -> tuple[int, str] | None:
         host = headers.get(b"host", "")
@@ -135,7 +150,7 @@ class Guard:
         return len(self._uploads) > self.limits.requests
 
     def _counted(self, receive: Receive, headers: dict[bytes, str]) -> Receive:
-        """`receive` that ends a body which is longer than it said, or holds too many files."""
+        """`receive` that raises _TooMuch for a body that is longer than it said, or holds too many files."""
         is_form = "multipart" in headers.get(b"content-type", "")
         num_bytes, num_files = 0, 0
 
@@ -146,7 +161,7 @@ class Guard:
             num_bytes += len(body)
             num_files += body.count(b"filename=") if is_form else 0
             if num_bytes > self.limits.upload_bytes or num_files > self.limits.files:
-                return {"type": "http.disconnect"}
+                raise _TooMuch
             return message
 
         return counted
