@@ -95,7 +95,9 @@ def _check_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise UserError(f"{host}:{port} cannot be used: {error.strerror}. Choose another one with --port.") from None
+            raise UserError(
+                f"{host}:{port} cannot be used: {error.strerror}. Choose another one with --port."
+            ) from None
 
 
 def _leave_for_an_empty_folder(workspace: Workspace) -> None:

@@ -33,8 +33,11 @@ CHROMIUM_OPTIONS = (
 
 @pytest.fixture()
 def workspace(tmp_path: Path) -> Workspace:
+    return make_workspace(tmp_path / "workspace")
+
+
+def make_workspace(root: Path) -> Workspace:
     """Pictures with captions, one run that ended and one that failed; hostile texts wherever files hold texts."""
-    root = tmp_path / "workspace"
     pictures = root / "data" / "shapes"
     pictures.mkdir(parents=True)
     for index in range(6):
