@@ -33,7 +33,7 @@ from lora_diffusion.training.export import Exporter
 from lora_diffusion.training.optimizers import build_optimizer, learning_rate_curve, parameter_group
 from lora_diffusion.training.previews import Previewer
 from lora_diffusion.training.resume import resume_from_newest
-from lora_diffusion.training.step import DenoisingLoss, train_only_adapters
+from lora_diffusion.training.step import DenoisingLoss, cached_text, train_only_adapters
 from lora_diffusion.training.trainer import Plan, Trainer
 from lora_diffusion.training.validation import Validator
 
@@ -90,15 +90,18 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_base(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> DiffusionModel:
-    return load_model(
+    model = load_model(
         config.model.path,
         family=config.model.family,
         prediction=config.model.prediction,
         zero_terminal_snr=config.model.zero_terminal_snr,
+        configs=config.model.configs,
         dtype=dtype,
         device=device,
         attention=config.model.attention,
     )
+    model.check_clip_skip(config.model.clip_skip)
+    return model
 
 
 # Adapters
@@ -108,7 +111,7 @@ def inject_adapters(config: TrainConfig, model: DiffusionModel) -> dict[str, dic
     """Wrap the chosen layers of every trained part: part → dotted path → adapter."""
     settings = config.adapter
     kind = ADAPTERS[settings.kind]
-    trained = ["unet"] + (["text_encoder"] if settings.text_encoder else [])
+    trained = [name for name in model.parts if name == "unet" or settings.text_encoder]
     adapters: dict[str, dict[str, Adapter]] = {}
     for name in trained:
         part = model.parts[name]
@@ -151,12 +154,12 @@ def _assemble(
         clip_skip=config.model.clip_skip,
         chunks=config.model.max_tokens // 75,
     )
-    cached_text = None if config.adapter.text_encoder else text
+    text_cache = None if config.adapter.text_encoder else text
 
     def encode(captions: Sequence[str]) -> Conditioning:
-        if cached_text is None:
+        if text_cache is None:
             return loss.encode(tuple(captions))
-        return Conditioning(torch.stack([cached_text.get(caption) for caption in captions]).to(accelerator.device))
+        return cached_text(text_cache, captions, accelerator.device)
 
     exporter = Exporter(
         parts=model.parts,
@@ -168,7 +171,7 @@ def _assemble(
         accelerator=accelerator,
         loss=loss,
         source=_batch_source(config, model, data, latents, accelerator),
-        text=cached_text,
+        text=text_cache,
         parameters=parameters,
         optimizer=_optimizer(config, by_part),
         learning_rate_curve=learning_rate_curve(
@@ -226,8 +229,10 @@ def _batch_source(
 
 def _optimizer(config: TrainConfig, by_part: dict[str, list[nn.Parameter]]) -> torch.optim.Optimizer:
     settings = config.optimizer
-    rates = {"unet": settings.lr, "text_encoder": _text_encoder_lr(config)}
-    groups = [parameter_group(parameters, rates[part]) for part, parameters in by_part.items()]
+    groups = [
+        parameter_group(parameters, settings.lr if part == "unet" else _text_encoder_lr(config))
+        for part, parameters in by_part.items()
+    ]
     return build_optimizer(
         settings.name, groups, weight_decay=settings.weight_decay, betas=settings.betas, eps=settings.eps
     )

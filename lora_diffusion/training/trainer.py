@@ -25,7 +25,7 @@ from lora_diffusion.training.export import Exporter
 from lora_diffusion.training.optimizers import set_learning_rate
 from lora_diffusion.training.previews import Previewer
 from lora_diffusion.training.signals import StopRequest
-from lora_diffusion.training.step import DenoisingLoss
+from lora_diffusion.training.step import DenoisingLoss, cached_text
 from lora_diffusion.training.tracking import Console, MetricsFile
 from lora_diffusion.training.validation import Validator
 
@@ -135,8 +135,7 @@ class Trainer:
     def _conditioning(self, captions: Sequence[str]) -> Conditioning | None:
         if self.text is None:
             return None
-        hidden = torch.stack([self.text.get(caption) for caption in captions])  # (B, T, D)
-        return Conditioning(hidden.to(self.accelerator.device))
+        return cached_text(self.text, captions, self.accelerator.device)
 
     def _clip_gradients(self) -> float:
         """Norm of all gradients before clipping; `max_grad_norm` 0 only measures."""
