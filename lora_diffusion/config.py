@@ -121,8 +121,8 @@ class ModelConfig(Section):
     family: Literal["auto", "sd1", "sd2", "sdxl"] = "auto"
     """Model family: SD 1.x, SD 2.x or SDXL. `auto`: read from the model's files."""
     prediction: Literal["auto", "epsilon", "v"] = "auto"
-    """What the model predicts: the noise or the velocity. `auto`: as the model's files say, else the noise. A value that
-    contradicts the files is refused."""
+    """What the model predicts: the noise or the velocity. `auto`: as the model's files say, else the noise. A value
+    that contradicts the files is refused."""
     zero_terminal_snr: Auto | bool = "auto"
     """Whether the last timestep is pure noise. `auto`: as the model's files say, else not. A value that contradicts the
     files is refused."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +42,11 @@ class CheckedVAE:
             return outputs
         if not self._has_told:
             self._has_told = True
-            logger.info(
-                "the VAE overflows in %s; such pictures are computed in float32", str(dtype).removeprefix("torch.")
-            )
+            name = str(dtype).removeprefix("torch.")
+            logger.info("the VAE overflows in %s; pictures that do are computed in float32", name)
         try:
-            self.vae.to(torch.float32)
+            nn.Module.to(self.vae, torch.float32)  # diffusers' own `to` warns of casts
             outputs[overflows] = compute(inputs[overflows])
         finally:
-            self.vae.to(dtype)  # exact: the values came from this dtype
+            nn.Module.to(self.vae, dtype)  # exact: the values came from this dtype
         return outputs

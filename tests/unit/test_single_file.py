@@ -1,4 +1,4 @@
-"""Checkpoints in one file: the same model as the folder that they were made from, and clear words where they cannot be."""
+"""Checkpoints in one file: the same model as the folder they were made from, or an error that says why not."""
 
 from __future__ import annotations
 
@@ -100,9 +100,8 @@ def test_tensors_that_nothing_reads_are_told(folder: Path, tmp_path: Path, caplo
     path = make_single_file(folder, tmp_path / "all.safetensors", extra=extra)
     with caplog.at_level(logging.WARNING):
         load_model(path, configs=folder)
-    assert [r.getMessage() for r in caplog.records] == [
-        f"{path}: 1 tensors are not used (the first: control_model.weight)"
-    ]
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [f"{path}: 1 tensors are not used (the first: control_model.weight)"]
 
 
 def test_missing_and_misshapen_tensors_are_listed(folder: Path, tmp_path: Path) -> None:
