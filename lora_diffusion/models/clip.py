@@ -11,6 +11,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from lora_diffusion.models.base import weights_id
 from lora_diffusion.models.errors import ModelError
 
+TextEncoder = CLIPTextModel | CLIPTextModelWithProjection
 Weights = tuple[tuple[str, nn.Parameter], ...]
 
 
@@ -73,12 +74,12 @@ def check_clip_skip(text_encoder: CLIPTextModel, clip_skip: int) -> None:
         )
 
 
-def named_weights(text_encoder: nn.Module) -> Weights:
+def named_weights(text_encoder: TextEncoder) -> Weights:
     """The encoder's own parameters, by names that do not depend on the version of transformers."""
     return tuple((name.removeprefix("text_model."), weight) for name, weight in text_encoder.named_parameters())
 
 
-def encoder_id(weights: Weights, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer) -> str:
+def encoder_id(weights: Weights, text_encoder: TextEncoder, tokenizer: CLIPTokenizer) -> str:
     """A hash of everything that decides what `text_encoder` makes of a caption. weights: its `named_weights`."""
     config = text_encoder.config
     vocabulary = sorted(tokenizer.get_vocab().items())
@@ -86,7 +87,7 @@ def encoder_id(weights: Weights, text_encoder: CLIPTextModel, tokenizer: CLIPTok
     return weights_id("clip", weights, *settings, tokenizer.pad_token_id, config.eos_token_id)
 
 
-def _chunk_rows(text_encoder: nn.Module, ids: Tensor) -> Tensor:
+def _chunk_rows(text_encoder: TextEncoder, ids: Tensor) -> Tensor:
     return ids.reshape(-1, ids.shape[-1]).to(text_encoder.device)  # (B, chunks, length) → (B · chunks, length)
 
 

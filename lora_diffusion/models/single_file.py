@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -125,7 +125,7 @@ def _check_part(file: TensorFile, family: str, part: str) -> None:
 
 def _places(file: TensorFile, family: str, part: str, module: nn.Module) -> dict[str, Stored]:
     """Where the tensors of `module` are in the file, those that it has."""
-    config = module.config
+    config = cast(Any, module).config
     options: dict[str, Any] = {}
     if part == "unet":
         plain = [i for i, kind in enumerate(config["up_block_types"]) if "Attn" not in kind]
@@ -176,5 +176,5 @@ def _dummy_layer(family: str, modules: Mapping[str, nn.Module]) -> str | None:
     """SD 2.x files carry OpenCLIP's last layer, which the model does not use."""
     if family != "sd2":
         return None
-    num_layers = modules["text_encoder"].config.num_hidden_layers
+    num_layers = cast(Any, modules["text_encoder"]).config.num_hidden_layers
     return f"{TEXT_ENCODER_PREFIXES['sd2', 'text_encoder']}transformer.resblocks.{num_layers}."

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ class TensorFile:
         """Raises ContainerError if the file is damaged."""
         self.path = path
         self.header: Header = read_header(path)
-        self._file: BinaryIO | None = None
+        self._file: BufferedReader | None = None
 
     def __enter__(self) -> Self:
         self._file = self.path.open("rb")
