@@ -167,7 +167,8 @@ class DatasetConfig(Section):
     path: FilePath
     """Folder of images, each with a caption in a `.txt` or `.caption` file of the same name, or in `metadata.jsonl`."""
     resolution: Side | WidthHeight = 512
-    """Side of the training images in pixels, or `[width, height]`. With buckets: their area. 512 suits SD 1.x."""
+    """Side of the training images in pixels, or `[width, height]`. With buckets: their area. 512 suits SD 1.x,
+    768 SD 2.1, 1024 SDXL."""
     repeats: int = Field(default=1, ge=1, le=100_000)
     """How often each image is seen per epoch; balances folders of different size."""
     default_caption: str | None = None

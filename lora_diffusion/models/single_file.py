@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
+from transformers import CLIPTokenizer
 
 from lora_diffusion.container import Header
 from lora_diffusion.diffusion.schedule import Prediction
@@ -68,11 +69,22 @@ def read_checkpoint(
     for part, module in modules.items():
         fill(module, places[part], dtypes.of(part))
     tokenizers = {
-        part.replace("text_encoder", "tokenizer"): read_tokenizer(tokenizer, PADDING[family, part])
-        for part in modules
+        part.replace("text_encoder", "tokenizer"): _fitting_tokenizer(tokenizer, PADDING[family, part], module)
+        for part, module in modules.items()
         if part.startswith("text_encoder")
     }
     return Components(modules, tokenizers)
+
+
+def _fitting_tokenizer(folder: Path, padding: str, text_encoder: nn.Module) -> CLIPTokenizer:
+    tokenizer = read_tokenizer(folder, padding)
+    num_known = cast(Any, text_encoder).config.vocab_size
+    if len(tokenizer) > num_known:
+        raise ModelError(
+            f"{folder}: has {len(tokenizer)} tokens, but the checkpoint's text encoder knows {num_known}. Give it the "
+            "tokenizer that it was trained with."
+        )
+    return tokenizer
 
 
 def _config_file(configs: Path | None, part: str) -> Path | None:

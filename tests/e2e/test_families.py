@@ -17,7 +17,8 @@ from lora_diffusion.formats.adapter_file import AdapterFile
 from lora_diffusion.generation.engine import Engine, Request
 from lora_diffusion.models.load import load_model
 from tests.contract.test_families import TINY
-from tests.training_runs import draw_pictures, prepare, write_config
+from tests.single_file import make_single_file
+from tests.training_runs import draw_pictures, prepare, tensor_hash, write_config
 
 VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
 PREFIXES = {"sd1": {"lora_unet", "lora_te"}, "sd2": {"lora_unet", "lora_te"}}
@@ -58,6 +59,15 @@ def test_a_run_makes_an_adapter_that_changes_the_bases_pictures(family: str, tra
     with_adapter = Request("a cat", seed=1, steps=2, sampler="ddim", adapters={"test": 1.0})
     plain, changed = (np.asarray(image).astype(int) for image in engine.generate([request, with_adapter]))
     assert np.abs(plain - changed).max() > 3
+
+
+@pytest.mark.parametrize("family", sorted(TINY))
+def test_a_run_on_a_single_file_makes_the_adapter_that_the_folder_makes(family: str, tmp_path: Path) -> None:
+    config = write(tmp_path, family, preview={"every": 0}, validation={"every": 0})
+    expected = tensor_hash(prepare(config).fit())
+    path = make_single_file(tmp_path / "base", tmp_path / "base.safetensors")
+    single = [f"model.path={path}", f"model.configs={tmp_path / 'base'}", f"run.output={tmp_path / 'other'}"]
+    assert tensor_hash(prepare(config, *single).fit()) == expected
 
 
 @pytest.mark.parametrize("family", sorted(TINY))

@@ -170,6 +170,17 @@ def test_a_file_without_a_reachable_tokenizer_says_what_to_do(sdxl: Path, tmp_pa
     assert "put vocab.json and merges.txt" in message
 
 
+def test_a_tokenizer_with_more_tokens_than_the_encoder_is_refused(sd2: Path, tmp_path: Path) -> None:
+    configs = tmp_path / "configs"
+    shutil.copytree(sd2, configs, ignore=shutil.ignore_patterns("*.safetensors"))
+    vocabulary = configs / "tokenizer" / "vocab.json"
+    values = json.loads(vocabulary.read_text())
+    vocabulary.write_text(json.dumps(values | {"sofa</w>": len(values)}))
+    path = make_single_file(sd2, tmp_path / "all.safetensors")
+    with pytest.raises(ModelError, match=f"has {len(values) + 1} tokens, but .* knows {len(values)}"):
+        load_model(path, configs=configs)
+
+
 def test_configs_that_are_no_folder_are_an_error(sdxl: Path, tmp_path: Path) -> None:
     path = make_single_file(sdxl, tmp_path / "all.safetensors")
     with pytest.raises(ModelError, match=r"model.configs is .*nowhere.*no folder"):
