@@ -11,13 +11,8 @@ from lora_diffusion.config import TrainConfig
 from lora_diffusion.data.duplicates import find_near_duplicates
 from lora_diffusion.data.folder import NO_CAPTION, build_report
 from lora_diffusion.progress import Track, silent
-from lora_diffusion.recipe import (
-    inject_adapters,
-    load_base,
-    resolve_device,
-    resolve_precision,
-    run_steps,
-)
+from lora_diffusion.recipe import load_base, resolve_device, resolve_precision, run_steps
+from lora_diffusion.recipe_adapters import inject_adapters
 from lora_diffusion.recipe_data import TrainingSet, read_training_set, token_counts
 from lora_diffusion.training.estimate import estimate_step
 
@@ -117,7 +112,7 @@ def check_run(config: TrainConfig, track: Track = silent) -> CheckReport:
 
 
 def _num_trained(adapters: list[Adapter]) -> int:
-    return sum(p.numel() for adapter in adapters for p in adapter.parameters() if p.requires_grad)
+    return sum(parameter.numel() for adapter in adapters for parameter in adapter.trained())
 
 
 def _findings(config: TrainConfig, data: TrainingSet, report: dict[str, Any], track: Track) -> tuple[Finding, ...]:

@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lora_diffusion.errors import RunError, UserError
+from lora_diffusion.cli_base import DebugOption, app, errors_as_messages
 from lora_diffusion.progress import bar, silent
 
 if TYPE_CHECKING:
     from lora_diffusion.generation.request import Request
 
-logger = logging.getLogger(__name__)
-
-USER_ERROR, RUN_FAILED, INTERRUPTED = 2, 3, 130
-
-app = typer.Typer(
-    name="lora-diffusion",
-    help="Train and use LoRA adapters for Stable Diffusion.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
 ConfigOption = Annotated[Path, typer.Option("--config", help="The run's TOML file.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one setting; repeatable.")
 ]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")]
 
 
 @app.command()
@@ -98,7 +81,8 @@ def generate(
 ) -> None:
     """Draw pictures with any number of adapters, each at its own strength."""
     with errors_as_messages(debug):
-        from lora_diffusion.generation.request_line import parse_adapter, parse_size, write_pictures
+        from lora_diffusion.formats.argument import parse_adapter
+        from lora_diffusion.generation.request_line import parse_size, write_pictures
 
         adapters = dict(parse_adapter(text) for text in adapter or ())
         picture_size = parse_size(size) if size else None
@@ -123,30 +107,6 @@ def generate(
         files = list(adapters)
         for path in write_pictures(base, files, requests, out, precision=precision, configs=configs, track=bar):
             typer.echo(path)
-
-
-@contextmanager
-def errors_as_messages(debug: bool) -> Iterator[None]:
-    """Print a project error as its message and leave with its exit status; a traceback only with `debug`."""
-    terminal = logging.StreamHandler()
-    terminal.addFilter(lambda record: not getattr(record, "file_only", False))
-    logging.basicConfig(format="%(message)s", handlers=[terminal])
-    logging.getLogger("lora_diffusion").setLevel(logging.INFO)
-    for library in ("TRANSFORMERS", "DIFFUSERS"):  # their notes are about parts of them that we do not use
-        os.environ.setdefault(f"{library}_VERBOSITY", "error")
-    try:
-        yield
-    except (UserError, RunError) as error:
-        if debug:
-            raise
-        _leave(str(error), USER_ERROR if isinstance(error, UserError) else RUN_FAILED)
-    except KeyboardInterrupt:
-        _leave("Interrupted.", INTERRUPTED)
-
-
-def _leave(message: str, status: int) -> NoReturn:
-    typer.echo(f"Error: {message}", err=True)
-    raise typer.Exit(status)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError
 
@@ -16,6 +16,7 @@ from lora_diffusion import config_file
 from lora_diffusion.config_checks import conflicts, ineffective
 from lora_diffusion.config_errors import ConfigError, KeyPath, Problem, explain, repaired
 
+V = TypeVar("V")
 Auto = Literal["auto"]
 Side = Annotated[int, Field(ge=16, le=8192)]
 WidthHeight = Annotated[tuple[Side, Side], Strict(False)]  # TOML has lists only: a tuple must be built from one
@@ -63,6 +64,11 @@ def _regular_expressions(targets: str | tuple[str, ...]) -> str | tuple[str, ...
     return targets
 
 
+def _patterns(patterns: dict[str, V]) -> dict[str, V]:
+    _regular_expressions(tuple(patterns) or (".",))
+    return patterns
+
+
 FilePath = Annotated[Path, Strict(False), AfterValidator(_expanded)]
 Text = Annotated[str, AfterValidator(_not_blank)]
 Texts = Annotated[tuple[Text, ...], Strict(False), Field(max_length=100)]
@@ -98,8 +104,14 @@ class RunConfig(Section):
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     """Number format of the frozen model; the adapter itself stays in fp32. `auto`: bf16 on GPUs that have it, fp16 on
     older ones, fp32 on the CPU."""
-    save_precision: Literal["fp16", "fp32"] = "fp16"
+    save_precision: Literal["fp16", "bf16", "fp32"] = "fp16"
     """Number format of the adapter file. `fp32` doubles its size; checkpoints for `--resume` are always exact."""
+    save_format: Literal["kohya", "peft"] = "kohya"
+    """Naming in the adapter file. `kohya`: read by ComfyUI, Forge, A1111, SD.Next and diffusers. `peft`: by diffusers
+    and PEFT only."""
+    metadata: Literal["full", "minimal"] = "full"
+    """What the adapter file tells besides its weights. `minimal`: only what programs need to sort it, nothing about
+    your pictures, captions or settings."""
     save_every: int = Field(default=200, ge=0, le=MAX_STEPS)
     """Steps between checkpoints, each with an adapter file to try. 0: only at the end."""
     keep_checkpoints: int = Field(default=2, ge=2, le=1000)
@@ -135,6 +147,9 @@ class ModelConfig(Section):
     """Number format of the frozen weights in memory. `none`: that of `run.precision`."""
     attention: Literal["auto", "sdpa", "eager", "xformers"] = "auto"
     """Implementation of attention. `auto`: the fastest one for the device; the results differ only by rounding."""
+    merge: Texts = ()
+    """Adapters to merge into the base before training, as `"file.safetensors"` or `"file.safetensors:0.8"`. The new
+    adapter is made for that mixture: use it together with them."""
     gradient_checkpointing: bool = False
     """Compute parts of the forward pass twice instead of storing them: far less memory, about a third more time."""
 
@@ -142,23 +157,47 @@ class ModelConfig(Section):
 class AdapterConfig(Section):
     """What is trained: small matrices beside the frozen layers."""
 
-    kind: Literal["lora"] = "lora"
-    """Kind of adapter."""
+    kind: Literal["lora", "dora", "loha", "lokr"] = "lora"
+    """Kind of adapter. `lora`: read everywhere. `dora`: also trains the size of each input's weights; closer to full
+    fine-tuning, slower; not read by diffusers. `loha`, `lokr`: more rank from as many numbers; LyCORIS files."""
     rank: int = Field(default=16, ge=1, le=1024)
     """Inner size of the adapter: how much it can learn, and how large its file is. 4 to 32 suits a style."""
     alpha: float = Field(default_factory=lambda adapter: float(adapter.get("rank", 16)), gt=0, le=1e6)
     """The adapter acts with alpha / rank. Not given: equal to `rank`. Half of it acts like half the learning rate."""
+    rslora: bool = False
+    """Let the adapter act with alpha / √rank instead, so that higher ranks need no other learning rate
+    (arXiv:2312.03732). The file says the alpha that gives the same strength everywhere."""
     targets: Annotated[
         Literal["attention", "attention-mlp", "full"] | Annotated[tuple[str, ...], Strict(False)],
         AfterValidator(_regular_expressions),
     ] = "attention"
     """Which layers get one: `attention` (its four projections), `attention-mlp` (also the feed-forward layers around
     it), `full` (also the convolutions), or your own list of regular expressions over module paths."""
+    rank_pattern: Annotated[dict[str, Annotated[int, Field(ge=1, le=1024)]], AfterValidator(_patterns)] = {}
+    """Another rank for some layers: regular expression over module paths → rank; the first one found in a path counts.
+    Alpha follows, so that alpha / rank stays, unless `alpha_pattern` says otherwise."""
+    alpha_pattern: Annotated[dict[str, Annotated[float, Field(gt=0, le=1e6)]], AfterValidator(_patterns)] = {}
+    """Another alpha for some layers, as in `rank_pattern`."""
+    lr_pattern: Annotated[dict[str, Annotated[float, Field(ge=0, le=1000)]], AfterValidator(_patterns)] = {}
+    """Multiples of the learning rate for some layers, as in `rank_pattern`. 0: these layers get no adapter."""
+    lokr_factor: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Size of the small side of a LoKr: less is larger files. Not given: split as evenly as the layer allows."""
     text_encoder: bool = False
-    """Train an adapter of the text encoder too: learns new words better, forgets others sooner."""
-    init: Literal["default", "gaussian"] = "default"
-    """How the first matrix starts (the second is zero, so the adapter starts without effect): `default` as torch
-    initialises a linear layer, `gaussian` from N(0, 1 / rank)."""
+    """Train adapters of the text encoders too: learns new words better, forgets others sooner."""
+    init: Literal["default", "gaussian", "pissa", "olora"] = "default"
+    """How the matrices start; the adapter always begins without effect. `default` as torch initialises a linear layer,
+    `gaussian` from N(0, 1 / rank²), `pissa` (arXiv:2404.02948) and `olora` (arXiv:2406.01775) from the main directions
+    of the frozen weight, which learns faster; their files have twice the rank."""
+    start_from: FilePath | None = None
+    """Adapter file whose weights to start from, of the same kind and rank. Not given: a fresh start."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability of leaving out each number between the two matrices, per step; against overfitting. LoRA and DoRA."""
+    rank_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability of leaving out each component of the rank, per picture. LoRA and DoRA."""
+    module_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability of leaving out each layer's adapter, per step."""
+    max_norm: float = Field(default=0.0, ge=0, le=1e6)
+    """Largest norm of a layer's change; what is larger after a step is scaled down. 0: no limit. 1 is usual."""
 
 
 class DatasetConfig(Section):
@@ -204,8 +243,12 @@ class OptimizerConfig(Section):
     """Optimiser. `adamw8bit` keeps its running means in 8 bits; needs a GPU and the package bitsandbytes."""
     lr: float = Field(default=1e-4, gt=0, le=10)
     """Learning rate: the first thing to change. Too high looks burnt or noisy, too low changes nothing."""
-    text_encoder_lr: Annotated[float, Field(gt=0, le=10)] | None = None
-    """Learning rate of the text encoder's adapter. Not given: half of `lr`."""
+    text_encoder_lr: Annotated[float, Field(ge=0, le=10)] | None = None
+    """Learning rate of the text encoder's adapter. Not given: half of `lr`. 0: no adapter for it."""
+    text_encoder_2_lr: Annotated[float, Field(ge=0, le=10)] | None = None
+    """Learning rate of the adapter of SDXL's second text encoder. Not given: that of the first. 0: no adapter."""
+    text_encoder_steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
+    """Steps after which the text encoders' adapters stay as they are, while the UNet's go on. Not given: never."""
     weight_decay: float = Field(default=0.01, ge=0, le=10)
     """Pull of the adapter's weights towards zero, in units of the learning rate (decoupled)."""
     betas: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Strict(False)] = (

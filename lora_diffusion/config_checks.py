@@ -46,8 +46,42 @@ def conflicts(config: TrainConfig) -> Iterator[tuple[set[KeyPath], Problem]]:
             'has nothing to predict from. Use prediction = "v" or "auto"'
         )
         yield conflict(message, ("model", "zero_terminal_snr"), ("model", "prediction"))
+    yield from _adapter_conflicts(config)
     for index, dataset in enumerate(config.dataset):
         yield from _bucket_conflicts(index, dataset)
+
+
+def _adapter_conflicts(config: TrainConfig) -> Iterator[tuple[set[KeyPath], Problem]]:
+    adapter = config.adapter
+    kind: KeyPath = ("adapter", "kind")
+
+    def conflict(key: str, message: str, *others: KeyPath) -> tuple[set[KeyPath], Problem]:
+        own: KeyPath = ("adapter", key)
+        return {own, *others}, Problem(own, message)
+
+    if adapter.kind in ("loha", "lokr"):
+        if adapter.init != "default":
+            yield conflict(
+                "init", f'`adapter.init` is "{adapter.init}", which starts a lora or dora, not a {adapter.kind}', kind
+            )
+        for name, chance in (("dropout", adapter.dropout), ("rank_dropout", adapter.rank_dropout)):
+            if chance:
+                message = f"`adapter.{name}` works between the matrices of a lora or dora; a {adapter.kind} has "
+                yield conflict(name, message + "`module_dropout`", kind)
+    if adapter.rslora and adapter.kind == "lokr":
+        yield conflict("rslora", "`adapter.rslora` is for kinds that act with alpha / rank, which lokr may not", kind)
+    if adapter.max_norm and adapter.init in ("pissa", "olora"):
+        message = f'`adapter.max_norm` cannot limit a change that starts from the weight itself (init "{adapter.init}")'
+        yield conflict("max_norm", message, ("adapter", "init"))
+    if adapter.start_from is not None and adapter.init in ("pissa", "olora"):
+        message = f'`adapter.start_from` and `adapter.init` = "{adapter.init}" are two starts; keep one'
+        yield conflict("start_from", message, ("adapter", "init"))
+    if config.run.save_format == "peft" and adapter.kind != "lora":
+        message = (
+            f'`run.save_format` is "peft", which holds a lora, and `adapter.kind` is "{adapter.kind}"; use "kohya"'
+        )
+        key: KeyPath = ("run", "save_format")
+        yield {key, kind}, Problem(key, message)
 
 
 def _bucket_conflicts(index: int, dataset: DatasetConfig) -> Iterator[tuple[set[KeyPath], Problem]]:
@@ -75,8 +109,12 @@ def ineffective(config: TrainConfig) -> Iterator[str]:
         yield f"run.save_every is {run.save_every}, more than run.steps ({steps}): the only checkpoint is at the end"
     if steps is not None and "every" in config.preview.model_fields_set and config.preview.every > steps:
         yield f"preview.every is {config.preview.every}, more than run.steps ({steps}): previews at start and end only"
-    if config.optimizer.text_encoder_lr is not None and not config.adapter.text_encoder:
-        yield "optimizer.text_encoder_lr has no effect: set adapter.text_encoder = true to train the text encoder"
+    if not config.adapter.text_encoder:
+        for key in ("text_encoder_lr", "text_encoder_2_lr", "text_encoder_steps"):
+            if getattr(config.optimizer, key) is not None:
+                yield f"optimizer.{key} has no effect: set adapter.text_encoder = true to train the text encoder"
+    if config.adapter.lokr_factor is not None and config.adapter.kind != "lokr":
+        yield f"adapter.lokr_factor has no effect with kind {config.adapter.kind!r}"
     for index, dataset in enumerate(config.dataset):
         if dataset.keep_tokens and not dataset.shuffle_tags and not dataset.tag_dropout:
             yield f"dataset.{index}.keep_tokens has no effect without shuffle_tags or tag_dropout"

@@ -47,6 +47,14 @@ OTHER_NAMES = {
     "flip_aug": "flip",
     "guidance_scale": "cfg",
     "negative_prompt": "negative",
+    "network_dropout": "dropout",
+    "scale_weight_norms": "max_norm",
+    "network_weights": "start_from",
+    "base_weights": "merge",
+    "unet_lr_weight": "lr_pattern",
+    "use_rslora": "rslora",
+    "decompose_factor": "lokr_factor",
+    "save_model_as": "save_format",
 }
 """What other programs call our keys."""
 
@@ -246,6 +254,8 @@ def _describe(annotation: Any, metadata: Sequence[object] = ()) -> str:
         return values[0] if len(values) == 1 else "one of " + ", ".join(values)
     if origin in (Union, types.UnionType):
         return " or ".join(_describe(item, metadata) for item in arguments if item is not type(None))
+    if origin is dict:
+        return f"a table from regular expressions to {_describe(arguments[1])}"
     if origin is tuple:
         if arguments[-1] is ...:
             return f"a list, each item {_describe(arguments[0])}"

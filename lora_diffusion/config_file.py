@@ -224,15 +224,23 @@ def _summary(table: BaseModel) -> str:
 
 
 def _table(table: BaseModel) -> str:
-    import tomlkit  # only for writing: reading a config should not wait for it
-
     lines: list[str] = []
     for key, field_info in type(table).model_fields.items():
         setting = getattr(table, key)
         if setting is not None:
             lines += textwrap.wrap(field_info.description or "", 116, initial_indent="# ", subsequent_indent="# ")
-            lines.append(f"{key} = {tomlkit.item(_plain(setting)).as_string()}\n")
+            lines.append(f"{key} = {_value(setting)}\n")
     return "\n".join(lines)
+
+
+def _value(setting: object) -> str:
+    import tomlkit  # only for writing: reading a config should not wait for it
+
+    if not isinstance(setting, dict):
+        return tomlkit.item(_plain(setting)).as_string()
+    table = tomlkit.inline_table()
+    table.update(cast("Tree", setting))
+    return table.as_string()
 
 
 def _plain(setting: object) -> object:

@@ -7,15 +7,12 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import Accelerator
-from torch import nn
+from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from lora_diffusion import __version__
-from lora_diffusion.adapters.base import Adapter, Layer
-from lora_diffusion.adapters.inject import inject, select_layers
-from lora_diffusion.adapters.kinds import ADAPTERS
 from lora_diffusion.config import TrainConfig
 from lora_diffusion.data.cache import LatentCache, TextCache
 from lora_diffusion.data.folder import write_report
@@ -25,13 +22,21 @@ from lora_diffusion.generation.engine import Engine, Request
 from lora_diffusion.models.base import Conditioning, DiffusionModel
 from lora_diffusion.models.load import load_model
 from lora_diffusion.progress import Track, silent
+from lora_diffusion.recipe_adapters import (
+    Adapters,
+    hashes_of_merged,
+    inject_adapters,
+    learning_rates,
+    merge_into_base,
+    parameter_groups,
+)
 from lora_diffusion.recipe_data import TrainingSet, caption_options, fill_caches, read_training_set, token_counts
 from lora_diffusion.runs import RunFolder
-from lora_diffusion.streams import stream
 from lora_diffusion.training.batches import BatchSource, DrawOptions, Share, SourceOptions
 from lora_diffusion.training.export import Exporter
-from lora_diffusion.training.optimizers import build_optimizer, learning_rate_curve, parameter_group
+from lora_diffusion.training.optimizers import build_optimizer, learning_rate_curve
 from lora_diffusion.training.previews import Previewer
+from lora_diffusion.training.regularise import Regulariser
 from lora_diffusion.training.resume import resume_from_newest
 from lora_diffusion.training.step import DenoisingLoss, cached_text, train_only_adapters
 from lora_diffusion.training.trainer import Plan, Trainer
@@ -53,7 +58,7 @@ def build(
     run_steps(config, data)
     with accelerator.main_process_first():  # one process fills the caches, the others find them filled
         latents, text = fill_caches(config, model, data, track)
-    adapters = inject_adapters(config, model)
+    adapters = inject_adapters(config, model, is_resumed=resume)
     if config.model.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
     trainer = _assemble(config, run, accelerator, model, data, latents, text, adapters, previewer)
@@ -68,7 +73,9 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     """Accelerate's view of devices and processes. The loss scaler is on for fp16 only."""
     device = resolve_device(config.run.device)
     uses_fp16 = resolve_precision(config.run.precision, device) == torch.float16
-    return Accelerator(cpu=device.type == "cpu", mixed_precision="fp16" if uses_fp16 else "no")
+    # An adapter that module dropout leaves out gets no gradient, which several processes have to be told.
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=config.adapter.module_dropout > 0)
+    return Accelerator(cpu=device.type == "cpu", mixed_precision="fp16" if uses_fp16 else "no", kwargs_handlers=[ddp])
 
 
 def resolve_device(name: str) -> torch.device:
@@ -90,6 +97,7 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_base(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> DiffusionModel:
+    """The base that training sees: with the adapters of `model.merge` in its weights."""
     model = load_model(
         config.model.path,
         family=config.model.family,
@@ -101,29 +109,8 @@ def load_base(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> 
         attention=config.model.attention,
     )
     model.check_clip_skip(config.model.clip_skip)
+    merge_into_base(config, model)
     return model
-
-
-# Adapters
-
-
-def inject_adapters(config: TrainConfig, model: DiffusionModel) -> dict[str, dict[str, Adapter]]:
-    """Wrap the chosen layers of every trained part: part → dotted path → adapter."""
-    settings = config.adapter
-    kind = ADAPTERS[settings.kind]
-    trained = [name for name in model.parts if name == "unet" or settings.text_encoder]
-    adapters: dict[str, dict[str, Adapter]] = {}
-    for name in trained:
-        part = model.parts[name]
-
-        def make(path: str, layer: Layer, name: str = name) -> Adapter:
-            generator = stream(config.run.seed, "init", name, path)
-            return kind(layer, settings.rank, settings.alpha, generator=generator, init=settings.init)
-
-        # A list of regular expressions speaks of the UNet; the text encoder then gets its attention layers.
-        targets = settings.targets if name == "unet" or isinstance(settings.targets, str) else "attention"
-        adapters[name] = inject(part.module, select_layers(part.module, targets), make)
-    return adapters
 
 
 # Assembly
@@ -137,11 +124,11 @@ def _assemble(
     data: TrainingSet,
     latents: LatentCache,
     text: TextCache,
-    adapters: dict[str, dict[str, Adapter]],
+    adapters: Adapters,
     previewer: Previewer,
 ) -> Trainer:
-    by_part = {name: [p for a in group.values() for p in _trained(a)] for name, group in adapters.items()}
-    parameters = [parameter for group in by_part.values() for parameter in group]
+    groups = parameter_groups(config, adapters)
+    parameters = [parameter for group in groups for parameter in group["params"]]
     train_only_adapters(model, parameters)
     model.schedule = model.schedule.to(accelerator.device)
     steps = run_steps(config, data)
@@ -164,16 +151,21 @@ def _assemble(
     exporter = Exporter(
         parts=model.parts,
         adapters=adapters,
-        metadata=lambda step: build_metadata(_facts(config, model, data, steps, step, started_at)),
+        metadata=lambda step: build_metadata(
+            _facts(config, model, data, steps, step, started_at), only_minimum=config.run.metadata == "minimal"
+        ),
         dtype=DTYPES[config.run.save_precision],
+        family=model.family,
+        format=config.run.save_format,
     )
+    named = {f"{part}.{path}": adapter for part, group in adapters.items() for path, adapter in group.items()}
     return Trainer(
         accelerator=accelerator,
         loss=loss,
         source=_batch_source(config, model, data, latents, accelerator),
         text=text_cache,
         parameters=parameters,
-        optimizer=_optimizer(config, by_part),
+        optimizer=_optimizer(config, groups),
         learning_rate_curve=learning_rate_curve(
             config.schedule.name,
             warmup_steps=config.schedule.warmup_steps,
@@ -183,20 +175,17 @@ def _assemble(
         plan=_plan(config, steps),
         run=run,
         exporter=exporter,
+        regulariser=Regulariser(named, config.run.seed, config.adapter.max_norm),
         previewer=previewer,
         validator=Validator(data.validation, latents, encode, config.run.seed) if data.validation else None,
         facts={
             "config": config.model_dump(mode="json"),
             "dataset": data.fingerprint,
             "global_batch_size": config.run.batch_size * accelerator.num_processes,
+            "merged": hashes_of_merged(config),
         },
         name=config.run.name,
     )
-
-
-def _trained(adapter: Adapter) -> list[nn.Parameter]:
-    base = {id(parameter) for parameter in adapter.base.parameters()}
-    return [parameter for parameter in adapter.parameters() if id(parameter) not in base]
 
 
 def run_steps(config: TrainConfig, data: TrainingSet) -> int:
@@ -227,12 +216,8 @@ def _batch_source(
     )
 
 
-def _optimizer(config: TrainConfig, by_part: dict[str, list[nn.Parameter]]) -> torch.optim.Optimizer:
+def _optimizer(config: TrainConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     settings = config.optimizer
-    groups = [
-        parameter_group(parameters, settings.lr if part == "unet" else _text_encoder_lr(config))
-        for part, parameters in by_part.items()
-    ]
     return build_optimizer(
         settings.name, groups, weight_decay=settings.weight_decay, betas=settings.betas, eps=settings.eps
     )
@@ -300,7 +285,7 @@ def _facts(
         gradient_accumulation=run.gradient_accumulation,
         gradient_checkpointing=config.model.gradient_checkpointing,
         unet_lr=config.optimizer.lr,
-        text_encoder_lr=_text_encoder_lr(config) if config.adapter.text_encoder else None,
+        text_encoder_lr=learning_rates(config)["text_encoder"] if config.adapter.text_encoder else None,
         lr_schedule=config.schedule.name,
         warmup_steps=config.schedule.warmup_steps,
         optimizer=config.optimizer.name,
@@ -317,9 +302,6 @@ def _facts(
             for table, scan in zip(config.dataset, data.scans, strict=True)
         },
         bucket_counts=Counter((sample.bucket.width, sample.bucket.height) for sample in data.training),
+        comment=f"for a base with {', '.join(config.model.merge)} merged in" if config.model.merge else None,
         program_version=__version__,
     )
-
-
-def _text_encoder_lr(config: TrainConfig) -> float:
-    return config.optimizer.lr / 2 if config.optimizer.text_encoder_lr is None else config.optimizer.text_encoder_lr

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 CONTACT_SHEET = "contact-sheet.png"
 LOSS_PLOT = "loss.png"
+KIND_NAMES = {"lora": "LoRA", "dora": "DoRA", "loha": "LoHa", "lokr": "LoKr"}
 
 
 def run_training(config: TrainConfig, *, resume: bool) -> Path:
@@ -134,8 +135,10 @@ def _leave_behind(config: TrainConfig, run: RunFolder, trainer: Trainer, adapter
         adapter=adapter,
         base=config.model.path,
         prompt=config.preview.prompts[0] if config.preview.prompts else "your prompt",
+        kind=KIND_NAMES[config.adapter.kind],
         rank=config.adapter.rank,
         steps=trainer.step,
+        readers=_readers(config, adapter),
     )
     is_complete = trainer.step >= trainer.plan.steps
     run.end("finished" if is_complete else "stopped")
@@ -147,3 +150,14 @@ def _leave_behind(config: TrainConfig, run: RunFolder, trainer: Trainer, adapter
         logger.info("before and after   %s", run.path / CONTACT_SHEET)
     if metrics:
         logger.info("loss               %s", run.path / LOSS_PLOT)
+
+
+def _readers(config: TrainConfig, adapter: Path) -> str:
+    """Which other programs take the file, and how."""
+    in_diffusers = f'`pipeline.load_lora_weights("{adapter.parent.as_posix()}", weight_name="{adapter.name}")`'
+    if config.run.save_format == "peft":
+        return f"In diffusers 0.34 or newer: {in_diffusers}. Other programs want the kohya format."
+    copy = f"In ComfyUI, Forge, A1111 or SD.Next copy `{adapter.name}` into the LoRA folder and use strength 1.0."
+    if config.adapter.kind == "lora":
+        return f"{copy}\nIn diffusers: {in_diffusers}."
+    return f"{copy}\ndiffusers cannot read a {KIND_NAMES[config.adapter.kind]} file of this kind."

@@ -29,11 +29,23 @@ MAY_IMPORT: dict[str, set[str]] = {
     "formats": {"adapters"} | FOUNDATION,
     "models": {"diffusion"} | FOUNDATION,
     "generation": {"models", "adapters", "formats", "diffusion"} | FOUNDATION,
+    "tools": {"models", "adapters", "formats"} | FOUNDATION,
     "training": {"data", "models", "adapters", "formats", "diffusion", "generation", "runs"} | FOUNDATION,
 }
 """Group (a folder, a file, or the files config*.py) → groups below it. Everything else is on top and imports freely."""
 
-ON_TOP = {"launch", "recipe", "recipe_data", "training_run", "check", "cli"}
+ON_TOP = {
+    "launch",
+    "recipe",
+    "recipe_adapters",
+    "recipe_data",
+    "training_run",
+    "check",
+    "cli",
+    "cli_base",
+    "cli_files",
+    "cli_merge",
+}
 NEVER_TORCH = [
     *(
         "errors",
@@ -47,6 +59,7 @@ NEVER_TORCH = [
         "config_file",
         "runs",
         "cli",
+        "cli_base",
     ),
     *("data.captions", "data.buckets", "formats.metadata"),
 ]

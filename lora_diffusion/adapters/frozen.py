@@ -19,7 +19,16 @@ class Quantised(Protocol):
         ...
 
 
+def stored_weight(layer: Layer) -> Tensor:
+    """The layer's weight (out, in[, k, k]) in the dtype it computes with. Dequantised anew at each call."""
+    return (layer.dequantised_weight() if isinstance(layer, Quantised) else layer.weight).detach()
+
+
 def full_weight(layer: Layer) -> Tensor:
-    """The layer's weight in float32 (float64 stays), (out, in[, k, k]). Dequantised anew at each call."""
-    weight = layer.dequantised_weight() if isinstance(layer, Quantised) else layer.weight
-    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    """The layer's weight in float32 (float64 stays)."""
+    return wide(stored_weight(layer))
+
+
+def wide(weight: Tensor) -> Tensor:
+    """In float32, or float64 if it is that already."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))

@@ -8,19 +8,25 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from lora_diffusion.adapters.base import Adapter, Layer
+from lora_diffusion.adapters.base import Adapter, Layer, apply_weight
+from lora_diffusion.adapters.fitting import alpha_of, check_fit
+from lora_diffusion.adapters.frozen import full_weight
+from lora_diffusion.adapters.geometry import ALPHA, DOWN, MID, UP, Geometry
 from lora_diffusion.adapters.initialise import INITS
-from lora_diffusion.errors import UserError
 
 
 class LoRA(Adapter):
-    """delta = alpha / rank · up · down.
+    """delta = alpha / rank · (up · down - what they started as).
 
     A convolution's `lora_down` has its kernel, stride and padding, and its `lora_up` is 1x1, as in kohya files.
-    The factors are float32 and are cast to the input's dtype for the product.
+    The factors are float32 and are cast to the input's dtype for the product. Most starts have no effect, as `up` is
+    0; PiSSA and OLoRA start from parts of the frozen weight, which `start_down` and `start_up` take off again: the
+    frozen weight itself is never changed, and the file is a plain LoRA for it, of twice the rank.
     """
 
     kind: ClassVar[str] = "lora"
+    start_down: Tensor | None
+    start_up: Tensor | None
 
     def __init__(
         self,
@@ -33,7 +39,7 @@ class LoRA(Adapter):
     ) -> None:
         """generator: on the CPU, draws the start; None is a fixed seed. init: a name in `INITS`.
 
-        Raises ValueError for a rank below 1, an unknown init or a grouped convolution.
+        Raises ValueError for a rank below 1 or above what the init can start, an unknown init or a grouped convolution.
         """
         super().__init__(base)
         if rank < 1:
@@ -43,70 +49,103 @@ class LoRA(Adapter):
         self.rank = rank
         self.alpha = float(alpha)
         self.lora_down, self.lora_up = _empty_factors(base, rank)
-        down, up = torch.empty(self.lora_down.weight.shape), torch.empty(self.lora_up.weight.shape)
-        INITS[init](down, up, generator or torch.Generator().manual_seed(0))
+        start, generator = INITS[init], generator or torch.Generator().manual_seed(0)
+        device = base.weight.device if start.needs_weight else "cpu"
+        down = torch.empty(self.lora_down.weight.shape, device=device)
+        up = torch.empty(self.lora_up.weight.shape, device=device)
+        start.fill(down, up, full_weight(base) if start.needs_weight else down, self.scale, generator)
         self._fill(down, up)
+        self.register_buffer("start_down", self.lora_down.weight.detach().clone() if start.needs_weight else None)
+        self.register_buffer("start_up", self.lora_up.weight.detach().clone() if start.needs_weight else None)
 
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: what `base` takes. Exactly `base(x)` at strength 0, and equal to it while `lora_up` is 0."""
-        output: Tensor = self.base(x)
-        if self.strength == 0:
-            return output
-        return output + self.change(x, self.strength).to(output.dtype)
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(down, up) whose product times `scale` is the delta: (r, in, …), (out, r, …), r the rank or twice the rank.
+
+        up · down - up₀ · down₀ is written as up · (down - down₀) + (up - up₀) · down₀: no large numbers that cancel.
+        """
+        down, up = self.lora_down.weight, self.lora_up.weight
+        if self.start_down is None or self.start_up is None:
+            return down, up
+        return torch.cat([down - self.start_down, self.start_down]), torch.cat([up, up - self.start_up], dim=1)
 
     def change(self, x: Tensor, strength: float | Tensor) -> Tensor:
-        down, up = self.lora_down.weight.to(x.dtype), self.lora_up.weight.to(x.dtype)
-        hidden = _apply(self.lora_down, x, down)  # (…, in) → (…, rank) or (B, in, H, W) → (B, rank, H', W')
+        down, up = (factor.to(x.dtype) for factor in self.factors())
+        hidden = apply_weight(self.lora_down, x, down)  # (…, in) → (…, r) or (B, in, H, W) → (B, r, H', W')
+        if self.dropout_seed is not None:
+            hidden = hidden * self._kept(hidden, self.dropout_seed)
         hidden = (hidden * (strength * self.scale)).to(x.dtype)  # scaled here, where it is smallest
-        return _apply(self.lora_up, hidden, up)
+        return apply_weight(self.lora_up, hidden, up)
 
     def delta(self) -> Tensor:
-        product = self.lora_up.weight.flatten(1) @ self.lora_down.weight.flatten(1)  # (out, in · k · k)
-        return (self.scale * product).reshape(self.base.weight.shape)
+        down, up = self.factors()
+        return (self.scale * (up.flatten(1) @ down.flatten(1))).reshape(self.base.weight.shape)
+
+    def delta_norm(self) -> Tensor:
+        down, up = (factor.flatten(1) for factor in self.factors())
+        # ‖U D‖² = tr(UᵀU · DDᵀ), of size rank x rank
+        return self.scale * ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt()
+
+    @torch.no_grad()
+    def scale_delta(self, factor: float) -> None:
+        if self.start_down is not None:
+            raise ValueError("a change that starts from parts of the weight cannot be scaled through its factors")
+        self.lora_down.weight.mul_(factor**0.5)
+        self.lora_up.weight.mul_(factor**0.5)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {
-            "lora_down.weight": self.lora_down.weight.detach(),
-            "lora_up.weight": self.lora_up.weight.detach(),
-            "alpha": torch.tensor(self.alpha, dtype=torch.float32),
-        }
+        down, up = self.factors()
+        alpha = self.scale * down.shape[0]  # readers take the rank from the factors
+        return {DOWN: down.detach(), UP: up.detach(), ALPHA: torch.tensor(alpha, dtype=torch.float32)}
 
     @classmethod
     def from_tensors(cls, base: Layer, tensors: Mapping[str, Tensor]) -> Self:
         """See `Adapter.from_tensors`. A missing alpha means scale 1, as in every reader of such files.
 
-        The factors of a linear layer and of a 1x1 convolution may stand for one another.
+        The factors of a linear layer and of a 1x1 convolution may stand for one another. A Tucker core (LoCon's
+        `lora_mid`) becomes part of `lora_down`, which is the same change at the same rank.
         """
-        unknown = tensors.keys() - {"lora_down.weight", "lora_up.weight", "alpha"}
-        missing = {"lora_down.weight", "lora_up.weight"} - tensors.keys()
-        if unknown or missing:
-            found = ", ".join(sorted(tensors))
-            raise UserError(f"not a LoRA: found {found}; expected lora_down.weight, lora_up.weight and alpha")
-        down, up = tensors["lora_down.weight"], tensors["lora_up.weight"]
-        rank = down.shape[0] if down.ndim else 0
-        if rank < 1:
-            raise UserError(f"lora_down.weight has shape {tuple(down.shape)}: no rank")
-        if "alpha" in tensors and tensors["alpha"].numel() != 1:
-            raise UserError(f"alpha has shape {tuple(tensors['alpha'].shape)}; it must be one number")
-        alpha = tensors["alpha"].item() if "alpha" in tensors else rank
-        adapter = cls(base, rank, alpha)
-        adapter._fill(
-            _shaped("lora_down.weight", down, adapter.lora_down.weight.shape),
-            _shaped("lora_up.weight", up, adapter.lora_up.weight.shape),
-        )
+        geometry: Geometry = check_fit(base, tensors, kind="lora")
+        adapter = cls(base, geometry.rank, alpha_of(tensors, geometry.rank))
+        adapter._fill(whole_down(tensors), tensors[UP])
         return adapter
 
     @torch.no_grad()
     def _fill(self, down: Tensor, up: Tensor) -> None:
-        self.lora_down.weight.copy_(down)
-        self.lora_up.weight.copy_(up)
+        self.lora_down.weight.copy_(down.reshape(self.lora_down.weight.shape))
+        self.lora_up.weight.copy_(up.reshape(self.lora_up.weight.shape))
+
+    def _kept(self, hidden: Tensor, seed: int) -> Tensor:
+        """What dropout multiplies the hidden values with: 0, or as much as makes up for the zeros."""
+        generator = torch.Generator(hidden.device).manual_seed(seed)
+        axis = hidden.ndim - 1 if isinstance(self.base, nn.Linear) else 1
+        # Both halves of a PiSSA change belong to the same component of the rank.
+        shape = [self.rank if i == axis else size for i, size in enumerate(hidden.shape)]
+        kept = torch.ones((), dtype=hidden.dtype, device=hidden.device)
+        for chance, sizes in (
+            (self.dropout.rank, [size if i in (0, axis) else 1 for i, size in enumerate(shape)]),
+            (self.dropout.element, shape),
+        ):
+            if chance:
+                drawn = torch.rand(sizes, generator=generator, device=hidden.device) >= chance
+                kept = kept * (drawn / (1 - chance)).to(hidden.dtype)
+        if kept.ndim and hidden.shape[axis] != self.rank:
+            kept = torch.cat([kept, kept], dim=axis)
+        return kept
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha:g}"
+
+
+def whole_down(tensors: Mapping[str, Tensor]) -> Tensor:
+    """`lora_down` with the kernel in it: (r, in, k, k) where a Tucker core (r, r, k, k) held it, else as it is."""
+    if MID not in tensors:
+        return tensors[DOWN]
+    wide = torch.promote_types(tensors[DOWN].dtype, torch.float32)
+    return torch.einsum("abkl,bi->aikl", tensors[MID].to(wide), tensors[DOWN].flatten(1).to(wide))
 
 
 def _empty_factors(base: Layer, rank: int) -> tuple[Layer, Layer]:
@@ -142,17 +181,3 @@ def _empty_factors(base: Layer, rank: int) -> tuple[Layer, Layer]:
 def _pair(values: tuple[int, ...]) -> tuple[int, int]:
     height, width = values
     return height, width
-
-
-def _apply(layer: Layer, x: Tensor, weight: Tensor) -> Tensor:
-    """`layer(x)` with `weight`, its own weight in another dtype."""
-    if isinstance(layer, nn.Linear):
-        return nn.functional.linear(x, weight)
-    return layer._conv_forward(x, weight, None)  # pyright: ignore[reportPrivateUsage]  # knows the padding mode
-
-
-def _shaped(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
-    """`tensor` in `shape`, where they differ by trailing ones at most."""
-    if tensor.numel() != shape.numel() or tensor.shape[:2] != shape[:2]:
-        raise UserError(f"{name} has shape {tuple(tensor.shape)}; this layer needs {tuple(shape)}")
-    return tensor.reshape(shape)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -13,24 +15,17 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from lora_diffusion.adapters.base import Adapter, Layer
+from lora_diffusion.adapters.fitting import layer_size
+from lora_diffusion.adapters.geometry import ALPHA, DORA_SCALE, DOWN, LOHA, LOKR, UP, Geometry, geometry_of
 from lora_diffusion.adapters.stack import AdapterStack
 from lora_diffusion.container import ContainerError, Header, read_header, with_metadata
 from lora_diffusion.errors import RunError
 from lora_diffusion.files import write_bytes_atomically
-from lora_diffusion.formats.layout import (
-    ALPHA,
-    DOWN,
-    UP,
-    AdapterFileError,
-    Format,
-    Layout,
-    cross_width,
-    layout_of,
-    made_for,
-)
-from lora_diffusion.formats.metadata import tensor_hash
-from lora_diffusion.formats.names import peft_name
-from lora_diffusion.formats.peft_scale import METADATA_KEY, peft_alphas
+from lora_diffusion.formats.families import made_for
+from lora_diffusion.formats.layout import AdapterFileError, Format, Layout, layout_of, magnitude_shape
+from lora_diffusion.formats.metadata import legacy_hash, network_metadata, tensor_hash
+from lora_diffusion.formats.names import canonical_name, name_in_file
+from lora_diffusion.formats.peft_file import peft_alphas, peft_metadata, peft_tensors
 
 Modules = Mapping[str, Mapping[str, Tensor]]
 
@@ -48,24 +43,40 @@ class FilePart(Protocol):
 class AdapterFile:
     """The content of an adapter file.
 
-    modules: kohya module name -> {"lora_down.weight": (r, in[, k, k]), "lora_up.weight": (out, r[, 1, 1]),
-    "alpha": 0-d float32}, always all three. unread: keys that belong to no module. notes: what a user should know
-    about a usable but odd file. path: where it was read from.
+    modules: canonical module name (see `formats.names`) → part → tensor. What parts a module has depends on its kind:
+    "lora_down.weight" (r, in[, k, k]) and "lora_up.weight" (out, r[, 1, 1]), or those of LoHa or LoKr; perhaps
+    "dora_scale"; always "alpha", 0-d float32. family: "sd1", "sd2", "sdxl", or "" if nothing tells. format: the naming
+    it was read with. unread: keys that belong to no module. notes: what a user should know about a usable but odd
+    file. path: where it was read from.
     """
 
     modules: Modules
     metadata: Mapping[str, str] = field(default_factory=dict)
-    format: Format = "kohya"
+    format: str = "kohya"
+    family: str = ""
     path: Path | None = None
     unread: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
+    @cached_property
+    def geometries(self) -> dict[str, Geometry]:
+        """Kind, rank and layer size of each module."""
+        return {
+            name: geometry_of({part: tuple(tensor.shape) for part, tensor in parts.items()})
+            for name, parts in self.modules.items()
+        }
+
+    @property
+    def kinds(self) -> Counter[str]:
+        """How many modules of each kind: "lora", "dora", "loha", "lokr", …"""
+        return Counter(geometry.name for geometry in self.geometries.values())
+
     @classmethod
     def read(cls, path: Path) -> AdapterFile:
-        """Reads a kohya, PEFT or older diffusers LoRA file into memory.
+        """Reads a kohya, LyCORIS, PEFT or older diffusers file into memory, or one of the numbered files of 2022.
 
         Raises AdapterFileError, naming the file, the key and the reason, for anything that is not a whole, finite,
-        consistent LoRA. Nothing in the file is executed, and no name in it is followed.
+        consistent adapter. Nothing in the file is executed, and no name in it is followed.
         """
         try:
             header = read_header(path)
@@ -73,21 +84,23 @@ class AdapterFile:
             raise AdapterFileError(str(error)) from error
         layout = layout_of(path, header)
         tensors = _read_tensors(path, header)
-        ranks = {name: tensors[keys[DOWN]].shape[0] for name, keys in layout.modules.items()}
+        ranks = {name: geometry.rank for name, geometry in layout.geometries.items()}
         if layout.format == "peft":
-            alphas = peft_alphas(path, ranks, header.metadata)
-        else:  # a kohya file without alpha means scale 1 to every reader
+            alphas = peft_alphas(path, ranks, layout.modules, header.metadata)
+        else:  # a file without alpha means scale 1 to every reader
             alphas = {
                 name: tensors[keys[ALPHA]].item() if ALPHA in keys else float(ranks[name])
                 for name, keys in layout.modules.items()
             }
-        modules = {
-            name: {DOWN: tensors[keys[DOWN]], UP: tensors[keys[UP]], ALPHA: torch.tensor(alphas[name])}
-            for name, keys in layout.modules.items()
-        }
+        modules: dict[str, dict[str, Tensor]] = {}
+        for name, keys in layout.modules.items():
+            parts = {part: tensors[key] for part, key in keys.items() if part != ALPHA}
+            if layout.format == "peft" and DORA_SCALE in parts:
+                parts[DORA_SCALE] = parts[DORA_SCALE].reshape(magnitude_shape(tuple(parts[DORA_SCALE].shape)))
+            modules[name] = parts | {ALPHA: torch.tensor(alphas[name], dtype=torch.float32)}
         _check_values(path, layout, modules)
-        notes = _notes(modules, layout.unread, header.metadata)
-        return cls(modules, header.metadata, layout.format, path, layout.unread, notes)
+        file = cls(modules, header.metadata, layout.format, layout.family, path, layout.unread)
+        return cls(**{**vars(file), "notes": _notes(file)})
 
     @classmethod
     def collect(
@@ -95,24 +108,30 @@ class AdapterFile:
         parts: Mapping[str, FilePart],
         adapters: Mapping[str, Mapping[str, Adapter]],
         metadata: Mapping[str, str] | None = None,
+        *,
+        family: str = "",
     ) -> AdapterFile:
-        """The file of live adapters, given by part name and dotted path. Tensors are copied to the CPU."""
+        """The file of live adapters, given by part name and dotted path. Tensors are copied to the CPU.
+
+        family: that of the model; SDXL files spell their UNet's modules in another way.
+        """
         modules = {
-            parts[part].file_name(path): {
+            canonical_name(parts[part].file_name(path)): {
                 key: tensor.detach().cpu().clone() for key, tensor in adapter.tensors().items()
             }
             for part, by_path in adapters.items()
             for path, adapter in by_path.items()
         }
-        return cls(modules, metadata or {})
+        return cls(_with_one_alpha_per_text_encoder(modules), metadata or {}, family=family)
 
     def write(self, path: Path, *, format: Format = "kohya", dtype: torch.dtype = torch.float16) -> None:
         """Replaces `path` atomically, then reads it back and compares.
 
-        format: "peft" is for diffusers and folds alpha / rank into `lora_B`, as such files have no alpha.
-        Raises RunError if a value does not fit `dtype`, if the disk is full, or if the file reads back differently.
+        format: "peft" is for diffusers 0.34 or newer; it says alpha in its metadata, and only has LoRA and DoRA with
+        magnitudes per output. Raises AdapterFileError if it cannot hold this adapter, RunError if a value does not fit
+        `dtype`, if the disk is full, or if the file reads back differently.
         """
-        tensors = self._kohya_tensors(dtype) if format == "kohya" else self._peft_tensors(dtype)
+        tensors = self._tensors(format, dtype)
         for key, tensor in tensors.items():
             if not bool(torch.isfinite(tensor).all()):
                 raise RunError(
@@ -121,16 +140,18 @@ class AdapterFile:
                 )
         data = save(tensors)
         try:
-            write_bytes_atomically(path, with_metadata(data, self._metadata_for(format, tensor_hash(data))))
+            write_bytes_atomically(path, with_metadata(data, self._metadata_for(format, data)))
         except OSError as error:
             raise RunError(f"{path}: the adapter cannot be written ({error.strerror}).") from error
         try:
-            AdapterFile.read(path)
+            again = AdapterFile.read(path)
             written = load(path.read_bytes())
         except (AdapterFileError, OSError) as error:
             raise RunError(f"{path}: the file was written and cannot be used. {error}") from error
         if written.keys() != tensors.keys() or not all(torch.equal(written[key], tensors[key]) for key in tensors):
             raise RunError(f"{path}: the file reads back differently from what was written. Check the disk.")
+        if _scales(again) != _scales(self):
+            raise RunError(f"{path}: the file reads back with other strengths. Report this, with the command you used.")
 
     def attach(self, parts: Mapping[str, FilePart]) -> Attachment:
         """Finds the layer each module was made for. Nothing in the model is changed.
@@ -138,11 +159,10 @@ class AdapterFile:
         Raises AdapterFileError if no module fits, or if one has another shape than its layer.
         """
         places = {
-            part.file_name(path): (name, path, layer)
+            canonical_name(part.file_name(path)): (name, path, layer)
             for name, part in parts.items()
             for path, layer in _layers(part.module).items()
         }
-        layers = {name: layer for name, (_, _, layer) in places.items()}
         matches: list[Match] = []
         unread: list[str] = []
         for name, tensors in self.modules.items():
@@ -152,55 +172,56 @@ class AdapterFile:
                 continue
             if any(place[2] is match.layer for match in matches):
                 raise AdapterFileError(f"{self.path}: {name} is in the file under two names. Keep one of them.")
-            fitted = _fit(tensors, place[2])
-            if fitted is None:
-                raise AdapterFileError(self._wrong_base(layers, name, place[2]))
-            matches.append(Match(*place, fitted))
+            geometry = self.geometries[name]
+            if (geometry.outputs, geometry.inputs) != layer_size(place[2]):
+                raise AdapterFileError(self._wrong_base(places, name, place[2]))
+            matches.append(Match(*place, tensors))
         if not matches:
-            raise AdapterFileError(self._wrong_base(layers, next(iter(self.modules))))
+            raise AdapterFileError(self._wrong_base(places, next(iter(self.modules))))
         return Attachment(tuple(matches), tuple(unread))
 
-    def _kohya_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+    def _tensors(self, format: Format, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What the file holds: key → tensor in `dtype`."""
+        if format == "peft":
+            tensors = peft_tensors(self.path, self.modules, self.kinds)
+            return {key: tensor.to(dtype).contiguous() for key, tensor in tensors.items()}
         return {
-            f"{name}.{part}": tensor.to(torch.float32 if part == ALPHA else dtype).contiguous()
+            f"{name_in_file(name, self.family)}.{part}": tensor.to(torch.float32 if part == ALPHA else dtype).clone(
+                memory_format=torch.contiguous_format
+            )
             for name, parts in self.modules.items()
             for part, tensor in parts.items()
         }
 
-    def _peft_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        tensors = {}
-        for name, parts in self.modules.items():
-            scale = parts[ALPHA].item() / parts[DOWN].shape[0]
-            try:
-                module = peft_name(name)
-            except ValueError as error:
-                raise AdapterFileError(f"{self.path}: no PEFT name for this module: {error}.") from None
-            tensors[f"{module}.lora_A.weight"] = parts[DOWN].to(dtype).contiguous()
-            tensors[f"{module}.lora_B.weight"] = (parts[UP].float() * scale).to(dtype).contiguous()
-        return tensors
+    def _metadata_for(self, format: Format, data: bytes) -> dict[str, str]:
+        """The given metadata, brought in line with the tensors."""
+        own = ("ss_network_", "lora_adapter_metadata", "sshs_", "unet:", "text_encoder:")
+        metadata = {key: text for key, text in self.metadata.items() if not key.startswith(own)}
+        if format == "peft":
+            metadata |= peft_metadata(self.modules)
+        else:
+            alphas = {name: parts[ALPHA].item() for name, parts in self.modules.items()}
+            metadata |= network_metadata(self.geometries, alphas, self.family, self.metadata)
+        hashes = {"sshs_model_hash": tensor_hash(data)}
+        if any(key.startswith("ss_") for key in metadata):
+            hashes["sshs_legacy_hash"] = legacy_hash(data, metadata)
+        return {"format": "pt"} | metadata | hashes
 
-    def _metadata_for(self, format: Format, model_hash: str) -> dict[str, str]:
-        metadata = {key: text for key, text in self.metadata.items() if key != METADATA_KEY}
-        if format == "peft":  # it is no file of networks.lora, and its alpha is folded in
-            metadata = {key: text for key, text in metadata.items() if not key.startswith("ss_network_")}
-        return {"format": "pt"} | metadata | {"sshs_model_hash": model_hash}
-
-    def _wrong_base(self, layers: Mapping[str, Layer], name: str, layer: Layer | None = None) -> str:
+    def _wrong_base(self, places: Mapping[str, tuple[str, str, Layer]], name: str, layer: Layer | None = None) -> str:
         """Why the module `name` does not fit a base with these layers, nor `layer`, the one of that name."""
-        widths = {width for key, layer in layers.items() if (width := cross_width(key, layer.weight))}
+        widths = {layer_size(place[2])[1] for key, place in places.items() if key.endswith("attn2_to_k")}
         base = f"this base has a cross-attention width of {max(widths)}" if widths else "this base is another"
         if layer is not None:
-            tensors = self.modules[name]
-            problem = f"{name} has shapes {tuple(tensors[DOWN].shape)} and {tuple(tensors[UP].shape)}, "
-            problem += f"the base's layer is {layer}"
+            geometry = self.geometries[name]
+            problem = f"{name} is made for a layer of {geometry.outputs} x {geometry.inputs}, the base's is {layer}"
         else:
-            problem = f"it has none of the {len(self.modules)} modules, such as {name}"
-        return f"{self.path}: made for {made_for(self.modules)}; {base}. {problem[0].upper()}{problem[1:]}."
+            problem = f"It has none of the {len(self.modules)} modules, such as {name}"
+        return f"{self.path}: made for {made_for(self.geometries)}; {base}. {problem}."
 
 
 @dataclass(frozen=True, eq=False)
 class Match:
-    """A module of an adapter file and the layer it was made for. tensors have the layer's number of dimensions."""
+    """A module of an adapter file and the layer it was made for."""
 
     part: str
     path: str
@@ -238,19 +259,49 @@ def _check_values(path: Path, layout: Layout, modules: Modules) -> None:
                 )
 
 
-def _notes(modules: Modules, unread: tuple[str, ...], metadata: Mapping[str, str]) -> tuple[str, ...]:
-    notes = []
-    if zeros := sum(parts[ALPHA].item() == 0 for parts in modules.values()):
+def _notes(file: AdapterFile) -> tuple[str, ...]:
+    modules, notes = file.modules, []
+    if zeros := sum(parts[ALPHA].item() == 0 and not _ignores_alpha(parts) for parts in modules.values()):
         notes.append(f"alpha is 0 in {zeros} of {len(modules)} modules: they change nothing")
-    if blank := sum(not bool(parts[UP].any() and parts[DOWN].any()) for parts in modules.values()):
+    if blank := sum(DORA_SCALE not in parts and _is_blank(parts) for parts in modules.values()):
         notes.append(f"the weights are all 0 in {blank} of {len(modules)} modules: they change nothing")
-    if unread:
-        notes.append(f"{len(unread)} tensors were not read: {', '.join(unread[:3])[:200]}")
-    ranks = {parts[DOWN].shape[0] for parts in modules.values()}
-    claimed = metadata.get("ss_network_dim", "")
-    if claimed.isascii() and claimed.isdecimal() and claimed.lstrip("0") not in {str(rank) for rank in ranks}:
+    if file.unread:
+        notes.append(f"{len(file.unread)} tensors were not read: {', '.join(file.unread[:3])[:200]}")
+    ranks = {geometry.rank for geometry in file.geometries.values()} - {0}
+    claimed = file.metadata.get("ss_network_dim", "")
+    if ranks and claimed.isascii() and claimed.isdecimal() and claimed.lstrip("0") not in {str(rank) for rank in ranks}:
         notes.append(f"the metadata says rank {claimed[:20]}, the tensors have {', '.join(map(str, sorted(ranks)))}")
     return tuple(notes)
+
+
+def _ignores_alpha(parts: Mapping[str, Tensor]) -> bool:
+    return "lokr_w1" in parts and "lokr_w2" in parts
+
+
+def _is_blank(parts: Mapping[str, Tensor]) -> bool:
+    """Whether a factor is all 0, so that the product is."""
+    return any(not bool(tensor.any()) for part, tensor in parts.items() if part in (DOWN, UP, *LOHA, *LOKR))
+
+
+def _scales(file: AdapterFile) -> dict[str, float]:
+    return {  # the one text encoder has two names, of which a PEFT file keeps neither
+        name.replace("lora_te1_", "lora_te_"): parts[ALPHA].item() / file.geometries[name].rank
+        for name, parts in file.modules.items()
+        if file.geometries[name].rank
+    }
+
+
+def _with_one_alpha_per_text_encoder(modules: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """The same changes with one alpha in each text encoder: diffusers reads differing ones wrong there."""
+    for prefix in ("lora_te_", "lora_te1_", "lora_te2_"):
+        members = [parts for name, parts in modules.items() if name.startswith(prefix) and UP in parts]
+        alphas = Counter(parts[ALPHA].item() for parts in members)
+        if len(alphas) > 1:
+            common = alphas.most_common(1)[0][0]
+            for parts in members:
+                parts[UP] = parts[UP] * (parts[ALPHA].item() / common)
+                parts[ALPHA] = torch.tensor(common, dtype=torch.float32)
+    return modules
 
 
 def _layers(root: nn.Module, prefix: str = "") -> dict[str, Layer]:
@@ -267,21 +318,8 @@ def _layers(root: nn.Module, prefix: str = "") -> dict[str, Layer]:
     return layers
 
 
-def _fit(tensors: Mapping[str, Tensor], layer: Layer) -> dict[str, Tensor] | None:
-    """The tensors in the shapes the layer needs, or None if they do not fit it.
-
-    A matrix and a 1x1 convolution are the same thing, and files use either for both.
-    """
-    weight = layer.weight
-    rank = tensors[DOWN].shape[0]
-    shapes = {DOWN: (rank, *weight.shape[1:]), UP: (weight.shape[0], rank, *(1,) * (weight.ndim - 2))}
-    for part, shape in shapes.items():
-        trimmed = [tuple(s[:2]) if tuple(s[2:]) in ((), (1, 1)) else tuple(s) for s in (tensors[part].shape, shape)]
-        if trimmed[0] != trimmed[1]:
-            return None
-    return {part: tensor.reshape(shapes[part]) if part in shapes else tensor for part, tensor in tensors.items()}
-
-
 def _alias(name: str) -> str:
-    """SD 1.x files by diffusers and OneTrainer call the one text encoder `lora_te1`."""
-    return f"lora_te_{name.removeprefix('lora_te1_')}" if name.startswith("lora_te1_") else name
+    """Some programs call the one text encoder of SD 1.x `lora_te1`, some the first one of SDXL `lora_te`."""
+    if name.startswith("lora_te1_"):
+        return f"lora_te_{name.removeprefix('lora_te1_')}"
+    return f"lora_te1_{name.removeprefix('lora_te_')}" if name.startswith("lora_te_") else name

@@ -11,35 +11,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from torch import Tensor
-
+from lora_diffusion.adapters.geometry import DORA_SCALE, PARTS, Geometry, geometry_of
 from lora_diffusion.container import Header, TensorInfo
 from lora_diffusion.errors import UserError
-from lora_diffusion.formats.names import from_peft_key
+from lora_diffusion.formats.families import FAMILY_NAMES, cross_widths, family_of_metadata, family_of_tensors
+from lora_diffusion.formats.names import canonical_name, from_peft_key
+from lora_diffusion.formats.positional import POSITIONAL_KEY, place_of_positional_key
 
 Format = Literal["kohya", "peft"]
-DOWN, UP, ALPHA = "lora_down.weight", "lora_up.weight", "alpha"
+"""What can be written."""
 FLOATS = ("F16", "BF16", "F32", "F64")
 
-FAMILY_WIDTHS = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
-"""Width of the text conditioning, which every published model of the family has."""
-
 _PLAIN_NAME = re.compile(r"[\w.:<>* -]{1,300}", re.ASCII)
-_KOHYA_KEY = re.compile(r"(lora_(?:unet|te|te1|te2)_\w+)\.([\w.]+)", re.ASCII)
+_KOHYA_KEY = re.compile(r"((?:lora_(?:unet|te|te1|te2)|lycoris)_\w+)\.([\w.]+)", re.ASCII)
 _OTHER_KINDS = (
-    ("dora_scale", "DoRA"),
-    ("lora_magnitude_vector", "DoRA"),
-    ("hada_", "LoHa"),
-    ("lokr_", "LoKr"),
-    ("lora_mid", "LoCon with a Tucker core"),
     ("oft_", "OFT"),
+    ("a1", "GLoRA"),
+    ("a2", "GLoRA"),
+    ("b1", "GLoRA"),
+    ("b2", "GLoRA"),
+    ("on_input", "IA3"),
+    ("w_norm", "trained norm layers"),
+    ("b_norm", "trained norm layers"),
     ("diff", "full weight differences"),
 )
+_FORMAT_NAMES = {"kohya": "kohya", "peft": "PEFT", "positional": "numbered"}
 _NOT_ADAPTERS = (
     (("model.diffusion_model.", "first_stage_model.", "conditioner."), "a full checkpoint; use it as model.path"),
     (("down_blocks.", "encoder.down_blocks.", "text_model."), "a part of a base model"),
     (("emb_params", "string_to_param", "clip_l", "clip_g", "<"), "a textual inversion embedding"),
-    (("unet:", "text_encoder:"), "a positional LoRA file of 2022, which no current tool reads"),
     (("transformer.", "diffusion_model.", "lora_transformer"), "made for a transformer model such as FLUX or SD3"),
     (("control_model.", "controlnet_"), "a ControlNet"),
 )
@@ -51,78 +51,100 @@ class AdapterFileError(UserError):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where an adapter's tensors are: kohya module name -> part ("lora_down.weight", …) -> key in the file."""
+    """Where an adapter's tensors are.
 
-    format: Format
+    format: "kohya", "peft", or "positional" for the numbered files of 2022. family: "sd1", "sd2", "sdxl", or "" if
+    neither tensors nor metadata tell. modules: canonical module name → part ("lora_down.weight", …) → key in the file.
+    """
+
+    format: str
+    family: str
     modules: Mapping[str, Mapping[str, str]]
+    geometries: Mapping[str, Geometry]
     unread: tuple[str, ...]
 
 
 def layout_of(path: Path, header: Header) -> Layout:
-    """The layout of a LoRA file; AdapterFileError names the key and the reason if it is not one, or is inconsistent."""
+    """The layout of an adapter file; AdapterFileError names the key and the reason if it is not one or inconsistent."""
     tensors = header.tensors
     for key in tensors:
         if not _PLAIN_NAME.fullmatch(key) or "__" in key or ".." in key:
             raise AdapterFileError(f"{path}: {key[:80]!r} cannot be a tensor's name. The file is damaged or forged.")
-    kohya, peft, unread = _group(path, tensors)
-    if kohya and peft:
+    found, unread = _group(path, tensors, family_of_metadata(header.metadata) == "sdxl")
+    if len(found) > 1:
+        examples = [f"{_FORMAT_NAMES[it]} names ({_first_key(modules)})" for it, modules in found.items()]
         raise AdapterFileError(
-            f"{path}: mixes kohya names ({next(iter(kohya))}) and PEFT names ({next(iter(peft))}); "
-            "which of the two counts is not defined. Keep one of them."
+            f"{path}: mixes {' and '.join(examples)}; which of them counts is not defined. Keep one of them."
         )
-    modules = kohya or peft
-    if not modules:
-        raise AdapterFileError(f"{path}: not a LoRA file: {_what_it_is(tensors)}.")
-    for name, keys in modules.items():
-        _check_module(path, name, {part: tensors[key] for part, key in keys.items()})
-    return Layout("kohya" if kohya else "peft", modules, tuple(unread))
+    if not found:
+        raise AdapterFileError(f"{path}: not an adapter file: {_what_it_is(tensors)}.")
+    ((format, modules),) = found.items()
+    geometries = {
+        name: _check_module(path, name, {part: tensors[key] for part, key in keys.items()}, format)
+        for name, keys in modules.items()
+    }
+    return Layout(format, _family(path, geometries, header.metadata), modules, geometries, tuple(unread))
 
 
-def made_for(modules: Mapping[str, Mapping[str, Tensor]]) -> str:
-    """Which family the modules of a file belong to, by what their names and shapes give away."""
-    widths = {width for name, parts in modules.items() if (width := cross_width(name, parts[DOWN]))}
-    if any("double_blocks" in name or "single_blocks" in name for name in modules):
-        return "FLUX"
-    if widths:
-        return f"{FAMILY_WIDTHS.get(max(widths), 'a model')} (cross-attention width {max(widths)})"
-    return "SDXL" if any(name.startswith("lora_te2_") for name in modules) else "another model"
+def _first_key(modules: Mapping[str, Mapping[str, str]]) -> str:
+    return next(key for keys in modules.values() for key in keys.values())
 
 
-def cross_width(name: str, weight: Tensor) -> int | None:
-    """Channels of the text conditioning, if the module called `name` reads it; `weight` is its own or a down factor."""
-    return weight.shape[1] if name.endswith("attn2_to_k") else None
+def _family(path: Path, geometries: Mapping[str, Geometry], metadata: Mapping[str, str]) -> str:
+    shown, claimed = family_of_tensors(geometries), family_of_metadata(metadata)
+    if shown and claimed and shown != claimed:
+        raise AdapterFileError(
+            f"{path}: its tensors are made for {FAMILY_NAMES[shown]} (cross-attention width "
+            f"{max(cross_widths(geometries), default='unknown')}), its metadata says {FAMILY_NAMES[claimed]}. One of "
+            "the two is from another file; get it again."
+        )
+    return shown or claimed
 
 
 def _group(
-    path: Path, tensors: Mapping[str, TensorInfo]
-) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, str]], list[str]]:
-    kohya: dict[str, dict[str, str]] = {}
-    peft: dict[str, dict[str, str]] = {}
+    path: Path, tensors: Mapping[str, TensorInfo], is_sdxl: bool
+) -> tuple[dict[str, dict[str, dict[str, str]]], list[str]]:
+    """(format → module → part → key, the keys that belong to no module)."""
+    found: dict[str, dict[str, dict[str, str]]] = {}
     unread: list[str] = []
-    two_encoders = any(key.startswith("text_encoder_2.") for key in tensors)
+    two_encoders = is_sdxl or any(
+        key.startswith(("text_encoder_2.", "base_model.model.text_encoder_2."))
+        or (key.endswith("attn2.to_k.lora_A.weight") and info.shape[-1:] == (2048,))
+        for key, info in tensors.items()
+    )
     for key in tensors:
-        match = _KOHYA_KEY.fullmatch(key)
-        if match and match[2] in (DOWN, UP, ALPHA):
-            kohya.setdefault(match[1], {})[match[2]] = key
-        elif place := from_peft_key(key, two_encoders=two_encoders):
-            parts = peft.setdefault(place[0], {})
-            if place[1] in parts:
-                raise AdapterFileError(f"{path}: {key} and {parts[place[1]]} name the same tensor. Keep one of them.")
-            parts[place[1]] = key
-        elif match or ".lora_" in key:
-            _refuse_kind(path, key)
-        else:
+        place = _place(key, two_encoders)
+        if place is None and (_KOHYA_KEY.fullmatch(key) or ".lora_" in key or POSITIONAL_KEY.fullmatch(key)):
+            raise _unknown_kind(path, key)
+        if place is None:
             unread.append(key)
-    return kohya, peft, unread
+            continue
+        format, name, part = place
+        parts = found.setdefault(format, {}).setdefault(name, {})
+        if part in parts:
+            raise AdapterFileError(f"{path}: {key} and {parts[part]} name the same tensor. Keep one of them.")
+        parts[part] = key
+    return found, unread
 
 
-def _refuse_kind(path: Path, key: str) -> None:
+def _place(key: str, two_encoders: bool) -> tuple[str, str, str] | None:
+    """(format, canonical module name, part) of a key that we read."""
+    match = _KOHYA_KEY.fullmatch(key)
+    if match and match[2] in PARTS:
+        return "kohya", canonical_name(match[1]), match[2]
+    if peft := from_peft_key(key, two_encoders=two_encoders):
+        return "peft", *peft
+    numbered = place_of_positional_key(key)
+    return ("positional", *numbered) if numbered else None
+
+
+def _unknown_kind(path: Path, key: str) -> AdapterFileError:
     """A module's tensor that we do not read changes what the module does, so leaving it out is not an option."""
     last = key.rsplit(".", 2)[-2:]
     kind = next((kind for start, kind in _OTHER_KINDS if any(step.startswith(start) for step in last)), None)
     if kind is None:
-        raise AdapterFileError(f"{path}: {key} is no part of a LoRA that this version knows.")
-    raise AdapterFileError(f"{path}: {key} belongs to {kind}; this version reads plain LoRA files.")
+        return AdapterFileError(f"{path}: {key} is no part of an adapter that this version knows.")
+    return AdapterFileError(f"{path}: {key} belongs to {kind}; this version reads LoRA, DoRA, LoHa and LoKr files.")
 
 
 def _what_it_is(tensors: Mapping[str, TensorInfo]) -> str:
@@ -134,25 +156,26 @@ def _what_it_is(tensors: Mapping[str, TensorInfo]) -> str:
     return f"none of its {len(tensors)} tensors is named like one (the first: {', '.join(list(tensors)[:3])[:200]})"
 
 
-def _check_module(path: Path, name: str, parts: Mapping[str, TensorInfo]) -> None:
-    if missing := [part for part in (DOWN, UP) if part not in parts]:
-        raise AdapterFileError(f"{path}: {name} has no {missing[0]}. The file is incomplete; get it again.")
-    down, up = parts[DOWN].shape, parts[UP].shape
-    for part in (DOWN, UP):
-        info = parts[part]
+def _check_module(path: Path, name: str, parts: Mapping[str, TensorInfo], format: str) -> Geometry:
+    for part, info in parts.items():
         if info.dtype not in FLOATS:
-            raise AdapterFileError(f"{path}: {name}.{part} is {info.dtype}; a LoRA's weights are {', '.join(FLOATS)}.")
-        if len(info.shape) not in (2, 4) or 0 in info.shape:
             raise AdapterFileError(
-                f"{path}: {name}.{part} has shape {info.shape}; it should be a matrix (2 sizes) or a convolution (4), "
-                "none of them 0. The file is damaged."
+                f"{path}: {name}.{part} is {info.dtype}; an adapter's weights are {', '.join(FLOATS)}."
             )
-    if len(down) != len(up) or up[2:] not in ((), (1, 1)):
-        raise AdapterFileError(f"{path}: {name}: shapes {down} and {up} do not belong together. The file is damaged.")
-    if down[0] != up[1]:
+    try:
+        return geometry_of({part: _shape(part, info, format) for part, info in parts.items()})
+    except ValueError as error:
         raise AdapterFileError(
-            f"{path}: {name}: {DOWN} has rank {down[0]}, {UP} has rank {up[1]}. The file is damaged or mixes two "
-            "adapters; get it again."
-        )
-    if ALPHA in parts and parts[ALPHA].shape not in ((), (1,)):
-        raise AdapterFileError(f"{path}: {name}.{ALPHA} has shape {parts[ALPHA].shape}; it should be one number.")
+            f"{path}: {name}: {error}. The file is damaged, incomplete or mixes two adapters; get it again."
+        ) from None
+
+
+def _shape(part: str, info: TensorInfo, format: str) -> tuple[int, ...]:
+    return magnitude_shape(info.shape) if part == DORA_SCALE and format == "peft" else info.shape
+
+
+def magnitude_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """PEFT keeps magnitudes per output as (out,) or (1, out, 1, 1); kohya files as (out, 1) or (out, 1, 1, 1)."""
+    if len(shape) == 1:
+        return (shape[0], 1)
+    return (shape[1], 1, *shape[2:]) if len(shape) == 4 else shape

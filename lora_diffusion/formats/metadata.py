@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TypeVar
+
+from lora_diffusion.adapters.geometry import Geometry
+from lora_diffusion.container import with_metadata
 
 V = TypeVar("V")
 
@@ -91,6 +95,59 @@ def tensor_hash(data: bytes) -> str:
     """`sshs_model_hash`: sha256 hex of a serialised file after its header, so the same whatever the metadata says."""
     header = int.from_bytes(data[:8], "little")
     return hashlib.sha256(memoryview(data)[8 + header :]).hexdigest()
+
+
+def legacy_hash(data: bytes, metadata: Mapping[str, str]) -> str:
+    """`sshs_legacy_hash`: of 64 KiB at 1 MiB of the file as it would be with the `ss_*` metadata alone.
+
+    Depends on the layout of the header, so only programs that lay it out alike agree; shorter files all have the hash
+    of nothing.
+    """
+    kept = {key: text for key, text in metadata.items() if key.startswith("ss_")}
+    return hashlib.sha256(with_metadata(data, kept)[0x100000:0x110000]).hexdigest()[:8]
+
+
+BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
+"""`ss_base_model_version` where nothing more is known than the family."""
+
+
+def network_metadata(
+    geometries: Mapping[str, Geometry], alphas: Mapping[str, float], family: str, given: Mapping[str, str]
+) -> dict[str, str]:
+    """What a kohya file says about its own tensors, which are given by canonical module name.
+
+    Rank and alpha are those of most modules. `networks.lora` is claimed only for what that module of sd-scripts reads.
+    """
+    kinds = Counter(geometry.name for geometry in geometries.values())
+    plain = {name: geometry for name, geometry in geometries.items() if not _is_convolution(name)} or dict(geometries)
+    args: dict[str, str] = {}
+    if set(kinds) != {"lora"}:
+        kind, _, inside = kinds.most_common(1)[0][0].partition(" of ")
+        args["algo"] = inside or {"lora": "locon", "dora": "locon"}.get(kind, kind)
+        if any(geometry.dora_axis is not None for geometry in geometries.values()):
+            args |= {"dora_wd": "True", "wd_on_output": str(any(g.dora_axis == 0 for g in geometries.values()))}
+    if convolutions := {name: geometry for name, geometry in geometries.items() if _is_convolution(name)}:
+        args |= {"conv_dim": _common_rank(convolutions), "conv_alpha": _common_alpha(convolutions, alphas)}
+    version = given.get("ss_base_model_version") or BASE_VERSIONS.get(family)
+    about_base = {"ss_base_model_version": version, "ss_v2": str(version.startswith("sd_v2"))} if version else {}
+    return about_base | {
+        "ss_network_module": "networks.lora" if set(kinds) == {"lora"} else "lycoris.kohya",
+        "ss_network_dim": _common_rank(plain),
+        "ss_network_alpha": _common_alpha(plain, alphas),
+        "ss_network_args": json.dumps(args),
+    }
+
+
+def _is_convolution(name: str) -> bool:
+    return "_resnets_" in name or "samplers_" in name
+
+
+def _common_rank(geometries: Mapping[str, Geometry]) -> str:
+    return str(Counter(geometry.rank for geometry in geometries.values()).most_common(1)[0][0])
+
+
+def _common_alpha(geometries: Mapping[str, Geometry], alphas: Mapping[str, float]) -> str:
+    return str(Counter(alphas[name] for name in geometries).most_common(1)[0][0])
 
 
 def _ss(facts: TrainingFacts) -> dict[str, str]:

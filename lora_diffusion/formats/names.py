@@ -1,11 +1,15 @@
 """What modules are called in adapter files: kohya names (underscores, flat) and PEFT names (dotted paths).
 
-The kohya name is the one used inside this package. Strings only: no model is needed to translate.
+Inside this package a module has its canonical name: the kohya name with the UNet's blocks as diffusers calls them, for
+every family. Files for SDXL spell the UNet the LDM way instead, as sd-scripts does. Strings only: no model is needed.
 """
 
 from __future__ import annotations
 
 import re
+
+from lora_diffusion.adapters.geometry import DORA_SCALE, DOWN, UP
+from lora_diffusion.ldm_names import unet_from_ldm, unet_to_ldm
 
 PEFT_PREFIXES = {
     "lora_unet": "unet",
@@ -20,17 +24,51 @@ SEGMENTS = (
     *("transformer_blocks", "proj_in", "proj_out", "attn1", "attn2", "to_q", "to_k", "to_v", "to_out"),
     *("ff", "net", "proj", "conv1", "conv2", "conv_shortcut", "time_emb_proj", "conv"),
     *("conv_in", "conv_out", "time_embedding", "add_embedding", "linear_1", "linear_2"),
+    *("input_blocks", "middle_block", "output_blocks", "in_layers", "out_layers", "emb_layers", "skip_connection"),
+    *("op", "time_embed", "label_emb", "out"),
     *("text_model", "encoder", "layers", "self_attn", "q_proj", "k_proj", "v_proj", "out_proj", "mlp", "fc1", "fc2"),
 )
-"""The steps of a module path below a UNet or CLIP text encoder of diffusers and transformers; numbers come on top."""
+"""The steps of a module path below a UNet or CLIP text encoder, in names of diffusers, transformers and LDM; numbers
+come on top."""
 
 _SEGMENT = re.compile(rf"({'|'.join(sorted(SEGMENTS, key=len, reverse=True))}|\d+)(?:_|$)")
-_PEFT_KEY = re.compile(r"(unet|text_encoder|text_encoder_2)\.(.+)\.lora_([AB])(?:\.default)?\.weight")
+_LDM_START = re.compile(r"(?:input_blocks|middle_block|output_blocks|time_embed|label_emb|out)_\d")
+_PEFT_KEY = re.compile(
+    r"(?:base_model\.model\.)?(unet|text_encoder|text_encoder_2)\.(.+)\."
+    r"(lora_[AB](?:\.default)?\.weight|lora_magnitude_vector(?:\.default)?(?:\.weight)?)"
+)
+_LYCORIS_PREFIX = "lycoris_"  # of the LyCORIS library outside kohya's trainer; it means the UNet
 _OLD_KEY = re.compile(
     r"(?:\.processor)?\.(?P<layer>to_q|to_k|to_v|to_out)_lora\.(?P<matrix>down|up)\.weight$"  # before diffusers 0.22
     r"|\.lora(?:_linear_layer)?\.(?P<later>down|up)\.weight$"  # until 0.24, and for text encoders
 )
 _CLIP_LAYERS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+
+
+def canonical_name(name: str) -> str:
+    """The kohya name of a module with the blocks of diffusers, whatever spelling `name` has.
+
+    A name that is no module of a Stable Diffusion UNet or CLIP text encoder comes back as it is.
+    """
+    if name.startswith(_LYCORIS_PREFIX):
+        name = f"lora_unet_{name.removeprefix(_LYCORIS_PREFIX)}"
+    path = name.removeprefix("lora_unet_")
+    if path == name or not _LDM_START.match(path):
+        return name
+    try:
+        return kohya_name("lora_unet", unet_from_ldm(_dotted(path)))
+    except ValueError:
+        return name
+
+
+def name_in_file(name: str, family: str) -> str:
+    """How a kohya file for `family` spells the module with this canonical name: the UNet of SDXL the LDM way."""
+    if family != "sdxl" or not name.startswith("lora_unet_"):
+        return name
+    try:
+        return kohya_name("lora_unet", unet_to_ldm(split_kohya_name(name)[1]))
+    except ValueError:
+        return name
 
 
 def kohya_name(prefix: str, path: str) -> str:
@@ -41,41 +79,48 @@ def kohya_name(prefix: str, path: str) -> str:
 def split_kohya_name(name: str) -> tuple[str, str]:
     """The prefix and the dotted path of a kohya module name; the inverse of `kohya_name`.
 
-    ValueError if the name does not consist of known steps (the LDM spelling of SDXL files, for one).
+    ValueError if the name does not consist of known steps.
     """
     prefix = next((p for p in PEFT_PREFIXES if name.startswith(f"{p}_")), None)
     if prefix is None:
         raise ValueError(f"{name} begins with none of {', '.join(PEFT_PREFIXES)}")
-    rest, steps = name.removeprefix(f"{prefix}_"), []
+    return prefix, _dotted(name.removeprefix(f"{prefix}_"))
+
+
+def _dotted(flat: str) -> str:
+    """The path that a flat name stands for: "mid_block.proj_in" for "mid_block_proj_in". Raises ValueError."""
+    rest, steps = flat, []
     while rest:
         match = _SEGMENT.match(rest)
         if match is None:
-            raise ValueError(f"{name}: {rest!r} is no module of a diffusers UNet or CLIP text encoder")
+            raise ValueError(f"{flat}: {rest!r} is no module of a Stable Diffusion UNet or CLIP text encoder")
         steps.append(match[1])
         rest = rest[match.end() :]
-    return prefix, ".".join(steps)
+    return ".".join(steps)
 
 
 def peft_name(name: str) -> str:
-    """A kohya module name as the dotted PEFT name, with its component: "unet.mid_block.attentions.0.proj_in"."""
+    """A canonical module name as the dotted PEFT name, with its component: "unet.mid_block.attentions.0.proj_in"."""
     prefix, path = split_kohya_name(name)
     return f"{PEFT_PREFIXES[prefix]}.{path}"
 
 
 def from_peft_key(key: str, *, two_encoders: bool = False) -> tuple[str, str] | None:
-    """A tensor key of a PEFT or older diffusers file as (kohya module name, "lora_down.weight" or "lora_up.weight").
+    """A tensor key of a PEFT or older diffusers file as (canonical module name, part: "lora_down.weight", …).
 
-    two_encoders: the file also has a `text_encoder_2`, so that `text_encoder` is `lora_te1`. None for any other key.
+    two_encoders: the file is for a model with a `text_encoder_2`, so that `text_encoder` is `lora_te1`. None for any
+    other key.
     """
     key = _modern(key)
     match = _PEFT_KEY.fullmatch(key)
     if match is None:
         return None
-    component, path, matrix = match.groups()
+    component, path, tensor = match.groups()
     prefix = {"unet": "lora_unet", "text_encoder": "lora_te1" if two_encoders else "lora_te"}.get(component, "lora_te2")
     if component != "unet" and not path.startswith("text_model."):
         path = f"text_model.{path}"  # transformers 5 module paths lack a level that every reader of kohya files expects
-    return kohya_name(prefix, path), "lora_down.weight" if matrix == "A" else "lora_up.weight"
+    part = {"A": DOWN, "B": UP}.get(tensor.removeprefix("lora_")[0], DORA_SCALE)
+    return kohya_name(prefix, path), part
 
 
 def _modern(key: str) -> str:

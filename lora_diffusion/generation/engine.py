@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lora_diffusion.adapters.base import Adapter, Layer
 from lora_diffusion.adapters.inject import eject, inject
-from lora_diffusion.adapters.kinds import ADAPTERS
+from lora_diffusion.adapters.kinds import adapter_from_tensors
 from lora_diffusion.adapters.stack import AdapterStack, StackWeights
 from lora_diffusion.errors import RunError, UserError
 from lora_diffusion.formats.adapter_file import AdapterFile
@@ -288,8 +288,9 @@ def _places(model: DiffusionModel, file: AdapterFile) -> list[_Place]:
             len(file.modules),
             attachment.unread[0],
         )
-    make = ADAPTERS["lora"].from_tensors  # the one kind that AdapterFile reads
-    return [_Place(match.part, match.path, make(match.layer, match.tensors)) for match in attachment.matches]
+    return [
+        _Place(match.part, match.path, adapter_from_tensors(match.layer, match.tensors)) for match in attachment.matches
+    ]
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,20 +22,6 @@ logger = logging.getLogger(__name__)
 HASH_KEY = "sshs_model_hash"
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def parse_adapter(text: str) -> tuple[Path, float]:
-    """`ink.safetensors:0.8` or `ink.safetensors`, whose strength is 1. Raises UserError on a strength that is none."""
-    file, colon, strength = text.rpartition(":")
-    if not colon or Path(text).exists() or strength.endswith(".safetensors"):
-        return Path(text), 1.0  # a colon may also be part of the path, as in C:\ink.safetensors
-    try:
-        value = float(strength)
-    except ValueError:
-        value = math.nan
-    if not file or not math.isfinite(value):
-        raise UserError(f"--adapter {text}: {strength!r} is not a strength. Write FILE or FILE:0.8.")
-    return Path(file), value
 
 
 def parse_size(text: str) -> tuple[int, int]:

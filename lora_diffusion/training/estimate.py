@@ -49,12 +49,12 @@ def estimate_step(
         seconds = min(_step(model, batch, texts) for _ in range(_NUM_TIMED))
     else:
         seconds *= batch_size * (1 + _BACKWARD_COST + recomputed)
-    adapters = [p for m in model.modules() if isinstance(m, Adapter) for p in m.parameters() if p.requires_grad]
+    trained = {id(p): p for m in model.modules() if isinstance(m, Adapter) for p in m.trained()}
     memory = (
         _baseline_bytes(device)
         + sum(p.numel() * p.element_size() for p in model.parameters())
         + activations * batch_size
-        + sum(p.numel() * p.element_size() for p in adapters) * (_OPTIMIZER_COPIES - 1)
+        + sum(p.numel() * p.element_size() for p in trained.values()) * (_OPTIMIZER_COPIES - 1)
     )
     return StepEstimate(seconds * accumulation, memory)
 

@@ -22,9 +22,12 @@ class OptimizerError(UserError):
     """The optimiser's package is missing."""
 
 
-def parameter_group(parameters: Sequence[nn.Parameter], lr: float) -> dict[str, Any]:
-    """`peak_lr` stays in the group beside the learning rate of the current step."""
-    return {"params": list(parameters), "lr": lr, "peak_lr": lr}
+def parameter_group(parameters: Sequence[nn.Parameter], lr: float, until: int | None = None) -> dict[str, Any]:
+    """`peak_lr` stays in the group beside the learning rate of the current step.
+
+    until: the number of steps that the group is trained for; None is the whole run.
+    """
+    return {"params": list(parameters), "lr": lr, "peak_lr": lr, "until": until}
 
 
 def build_optimizer(
@@ -76,7 +79,23 @@ def learning_rate_curve(
     return factor
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Every group's rate becomes `factor` times its peak. Nothing but the step is needed to resume it."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float, step: int) -> None:
+    """Every group's rate becomes `factor` times its peak, or 0 after its last step.
+
+    Nothing but the step is needed to resume it.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
+        group["lr"] = 0.0 if has_ended(group, step) else group["peak_lr"] * factor
+
+
+def drop_ended_gradients(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Take the gradients off groups that are trained no more: they neither move nor count in the gradient's norm."""
+    for group in optimizer.param_groups:
+        if has_ended(group, step):
+            for parameter in group["params"]:
+                parameter.grad = None
+
+
+def has_ended(group: dict[str, Any], step: int) -> bool:
+    """Whether `step`, counted from 0, comes after the last one that trains this group."""
+    return group.get("until") is not None and step >= group["until"]

@@ -47,6 +47,8 @@ def resume_from_newest(trainer: Trainer) -> None:
             f"pictures per step, all processes together: {before['global_batch_size']} → {now['global_batch_size']} "
             "(change run.batch_size so that batch_size times processes stays the same)"
         )
+    if before.get("merged", []) != now["merged"]:
+        harmful.append("model.merge: the content of an adapter file that is merged into the base changed")
     if before["dataset"] != now["dataset"]:
         harmful.append(_dataset_difference(before["dataset"], now["dataset"]))
     if harmful:

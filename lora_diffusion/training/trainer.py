@@ -22,8 +22,9 @@ from lora_diffusion.runs import RunFolder
 from lora_diffusion.training.batches import Batch, BatchSource, load_batches
 from lora_diffusion.training.checkpoint import Checkpoint, save_checkpoint
 from lora_diffusion.training.export import Exporter
-from lora_diffusion.training.optimizers import set_learning_rate
+from lora_diffusion.training.optimizers import drop_ended_gradients, has_ended, set_learning_rate
 from lora_diffusion.training.previews import Previewer
+from lora_diffusion.training.regularise import Regulariser
 from lora_diffusion.training.signals import StopRequest
 from lora_diffusion.training.step import DenoisingLoss, cached_text
 from lora_diffusion.training.tracking import Console, MetricsFile
@@ -67,6 +68,7 @@ class Trainer:
     plan: Plan
     run: RunFolder
     exporter: Exporter
+    regulariser: Regulariser
     previewer: Previewer
     validator: Validator | None
     facts: dict[str, Any]
@@ -106,24 +108,30 @@ class Trainer:
 
     def _train_step(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
         """Forward, backward and update for one optimiser step; returns what metrics.jsonl records."""
-        set_learning_rate(self.optimizer, self.learning_rate_curve(self.step))
+        set_learning_rate(self.optimizer, self.learning_rate_curve(self.step), self.step)
         self._optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.accelerator.device)
         for index, batch in enumerate(micro_batches):
             is_last = index == len(micro_batches) - 1
             # Gradients of several processes are averaged once, with the last micro-batch.
-            with nullcontext() if is_last else self.accelerator.no_sync(self._wrapped):
+            micro_step = self.step * self.plan.accumulation + index
+            with (
+                nullcontext() if is_last else self.accelerator.no_sync(self._wrapped),
+                self.regulariser.dropout(micro_step, self.accelerator.process_index),
+            ):
                 total += self._backward(batch.to(self.accelerator.device))
         loss = float(self.accelerator.reduce(total, "mean"))  # pyright: ignore[reportArgumentType]
         self._check_finite(loss, "loss", micro_batches)
+        drop_ended_gradients(self.optimizer, self.step)
         grad_norm = self._clip_gradients()
         # The loss scaler of fp16 handles overflowing gradients itself: it skips the update and lowers the scale.
         if self.accelerator.scaler is None:
             self._check_finite(grad_norm, "gradient norm", micro_batches)
         self._optimizer.step()
+        num_limited = self.regulariser.limit_norms()
         self.step += 1
-        rate = self.optimizer.param_groups[0]["lr"]
-        return {"loss": loss, "lr": rate, "grad_norm": grad_norm}
+        values: dict[str, float] = {"loss": loss, "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": grad_norm}
+        return values if num_limited is None else values | {"norms_limited": num_limited}
 
     def _backward(self, batch: Batch) -> Tensor:
         """Adds the batch's part of the step's gradient; returns its part of the loss."""
@@ -134,8 +142,21 @@ class Trainer:
 
     def _conditioning(self, captions: Sequence[str]) -> Conditioning | None:
         if self.text is None:
-            return None
+            return self._fixed_text(captions)
         return cached_text(self.text, captions, self.accelerator.device)
+
+    def _fixed_text(self, captions: Sequence[str]) -> Conditioning | None:
+        """The encoding by text encoders whose training is over, without gradients; None while it goes on.
+
+        Several processes go on without this saving: they expect a gradient from every parameter.
+        """
+        encoders = [group for group in self.optimizer.param_groups if group.get("until") is not None]
+        if self.accelerator.num_processes > 1 or not all(has_ended(group, self.step) for group in encoders):
+            return None
+        if not encoders:
+            return None
+        with torch.no_grad():
+            return self.loss.encode(tuple(captions))
 
     def _clip_gradients(self) -> float:
         """Norm of all gradients before clipping; `max_grad_norm` 0 only measures."""

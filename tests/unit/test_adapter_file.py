@@ -138,7 +138,9 @@ def test_metadata_is_kept_and_paths_are_not_added(model: SD1, tmp_path: Path) ->
     path = tmp_path / "a.safetensors"
     AdapterFile(adapter(model).modules, {"ss_output_name": "ink"}).write(path)
     metadata = AdapterFile.read(path).metadata
-    assert metadata.keys() == {"format", "ss_output_name", "sshs_model_hash"}
+    described = {f"ss_network_{what}" for what in ("module", "dim", "alpha", "args")}
+    assert metadata.keys() == {"format", "ss_output_name", "sshs_model_hash", "sshs_legacy_hash"} | described
+    assert metadata["ss_network_module"] == "networks.lora"
     assert str(tmp_path) not in json.dumps(dict(metadata))
 
 
@@ -286,7 +288,8 @@ def test_odd_but_usable_files_are_read_with_a_note(model: SD1, tmp_path: Path) -
     for parts in file.modules.values():
         parts["lora_up.weight"].zero_()
     path = tmp_path / "a.safetensors"
-    AdapterFile(file.modules, {"ss_network_dim": "99"}).write(path)
+    tensors = {f"{name}.{part}": tensor for name, parts in file.modules.items() for part, tensor in parts.items()}
+    save_file(tensors, path, {"ss_network_dim": "99"})
     notes = AdapterFile.read(path).notes
     assert len(notes) == 3
     assert notes[0] == "alpha is 0 in 189 of 189 modules: they change nothing"
@@ -312,7 +315,7 @@ def test_a_model_that_is_being_trained_takes_the_file_too(folder: Path, model: S
 
 
 def test_metadata_of_any_size_and_content_is_only_text(model: SD1, tmp_path: Path) -> None:
-    evil = {"ss_network_module": "os.system", "ss_tag_frequency": "[" * 200_000, "<script>": "x" * 2_000_000}
+    evil = {"ss_training_comment": "os.system", "ss_tag_frequency": "[" * 200_000, "<script>": "x" * 2_000_000}
     path = tmp_path / "a.safetensors"
     AdapterFile(adapter(model).modules, evil).write(path)
     back = AdapterFile.read(path)

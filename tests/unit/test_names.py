@@ -8,7 +8,14 @@ import pytest
 from torch import nn
 
 from lora_diffusion.adapters.inject import select_layers
-from lora_diffusion.formats.names import from_peft_key, kohya_name, peft_name, split_kohya_name
+from lora_diffusion.formats.names import (
+    canonical_name,
+    from_peft_key,
+    kohya_name,
+    name_in_file,
+    peft_name,
+    split_kohya_name,
+)
 from lora_diffusion.models.base import Part
 from tests.sd15 import make_text_encoder, make_unet
 
@@ -103,6 +110,30 @@ def test_first_text_encoder_is_numbered_when_there_are_two() -> None:
     assert name[0] == "lora_te1_text_model_encoder_layers_0_mlp_fc1"
 
 
-def test_a_name_of_the_ldm_spelling_is_refused() -> None:
-    with pytest.raises(ValueError, match="input_blocks"):
-        split_kohya_name("lora_unet_input_blocks_4_1_proj_in")
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("lora_unet_input_blocks_4_1_proj_in", "lora_unet_down_blocks_1_attentions_0_proj_in"),
+        (
+            "lora_unet_middle_block_1_transformer_blocks_9_attn2_to_out_0",
+            "lora_unet_mid_block_attentions_0_transformer_blocks_9_attn2_to_out_0",
+        ),
+        ("lora_unet_output_blocks_2_2_conv", "lora_unet_up_blocks_0_upsamplers_0_conv"),
+        ("lora_unet_input_blocks_3_0_op", "lora_unet_down_blocks_0_downsamplers_0_conv"),
+        ("lora_unet_input_blocks_1_0_emb_layers_1", "lora_unet_down_blocks_0_resnets_0_time_emb_proj"),
+    ],
+)
+def test_the_ldm_spelling_of_a_module_has_the_same_canonical_name(theirs: str, ours: str) -> None:
+    assert canonical_name(theirs) == canonical_name(ours) == ours
+    assert name_in_file(ours, "sdxl") == theirs
+    assert name_in_file(ours, "sd1") == name_in_file(ours, "sd2") == ours
+
+
+def test_names_outside_the_unet_are_spelled_alike_everywhere() -> None:
+    for name in ("lora_te1_text_model_encoder_layers_0_mlp_fc1", "lora_unet_unheard_of", "foo"):
+        assert canonical_name(name) == name_in_file(name, "sdxl") == name
+
+
+def test_the_lycoris_prefix_means_the_unet() -> None:
+    name = "lycoris_down_blocks_0_attentions_0_proj_in"
+    assert canonical_name(name) == "lora_unet_down_blocks_0_attentions_0_proj_in"

@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 
 from lora_diffusion.errors import UserError
+from lora_diffusion.formats.argument import parse_adapter
 from lora_diffusion.generation.infotext import read_png
 from lora_diffusion.generation.request import Request
-from lora_diffusion.generation.request_line import parse_adapter, parse_size, write_pictures
+from lora_diffusion.generation.request_line import parse_size, write_pictures
 from lora_diffusion.models.load import load_model
 from tests.random_adapters import random_adapter
 from tests.tiny import make_tiny_sd1

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageColor
+
+from lora_diffusion.tools.charts import COLORS, bar_chart, block_of, heat_map, in_order
+
+BLOCKS = (
+    *("down 0.0", "down 0.1", "down 0 sampler", "down 1.0", "down 1.1", "down 1 sampler", "mid"),
+    *("up 0.0", "up 0.1", "up 0 sampler", "up 1.0", "up 10.0", "out", "text 1", "text 2"),
+)
+
+
+def num_pixels(path: Path, color: str) -> int:
+    with Image.open(path) as image:
+        return int((np.asarray(image.convert("RGB")) == ImageColor.getrgb(color)).all(-1).sum())
+
+
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        ("lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q", "down 1.0"),
+        ("lora_unet_down_blocks_1_resnets_0_conv_shortcut", "down 1.0"),
+        ("lora_unet_down_blocks_2_downsamplers_0_conv", "down 2 sampler"),
+        ("lora_unet_up_blocks_0_upsamplers_0_conv", "up 0 sampler"),
+        ("lora_unet_up_blocks_2_attentions_1_proj_in", "up 2.1"),
+        ("lora_unet_mid_block_attentions_0_proj_in", "mid"),
+        ("lora_unet_conv_in", "in"),
+        ("lora_unet_conv_out", "out"),
+        ("lora_unet_time_embedding_linear_1", "time"),
+        ("lora_unet_add_embedding_linear_2", "time"),
+        ("lora_te_text_model_encoder_layers_3_mlp_fc1", "text 1"),
+        ("lora_te1_text_model_encoder_layers_3_mlp_fc1", "text 1"),
+        ("lora_te2_text_model_encoder_layers_31_self_attn_q_proj", "text 2"),
+    ],
+)
+def test_every_module_lies_in_a_block(name: str, block: str) -> None:
+    assert block_of(name) == block
+
+
+@pytest.mark.parametrize("name", ["", "lora_unet_input_blocks_4_1_proj_in", "lora_unet_conv_inn", "down_blocks"])
+def test_a_name_of_another_model_has_no_block(name: str) -> None:
+    with pytest.raises(ValueError, match="no module"):
+        block_of(name)
+
+
+def test_blocks_come_in_the_order_of_the_unet() -> None:
+    assert in_order([*reversed(BLOCKS), "mid"]) == list(BLOCKS)
+    assert in_order(["mid", "in", "time"]) == ["time", "in", "mid"]
+
+
+def test_each_adapter_has_bars_of_its_colour(tmp_path: Path) -> None:
+    groups = {f"adapter {n}": {block: 1.0 + n for block in BLOCKS} for n in range(3)}
+    bar_chart(tmp_path / "a.png", "norm", groups, value_name="‖ΔW‖")
+    bar_chart(tmp_path / "b.png", "norm", {"one": {"mid": 1.0, "out": math.nan}}, value_name="‖ΔW‖")
+
+    assert all(num_pixels(tmp_path / "a.png", color) > 500 for color in COLORS[:3])
+    assert num_pixels(tmp_path / "a.png", COLORS[3]) == 0
+    assert num_pixels(tmp_path / "b.png", COLORS[0]) > 500
+
+
+def test_the_chart_grows_with_what_it_shows_up_to_a_limit(tmp_path: Path) -> None:
+    for number, name in ((1, "a.png"), (4, "b.png"), (30, "c.png")):
+        groups = {f"adapter {n}": dict.fromkeys(BLOCKS, 1.0) for n in range(number)}
+        bar_chart(tmp_path / name, "norm", groups, value_name="‖ΔW‖")
+    widths = [Image.open(tmp_path / name).width for name in ("a.png", "b.png", "c.png")]
+    assert widths[0] == 900 and widths == sorted(widths) and widths[2] == 1800
+
+
+def test_a_heat_map_shows_the_signs_of_all_blocks(tmp_path: Path) -> None:
+    whole = [[1.0, -1.0], [-1.0, 1.0]]
+    heat_map(tmp_path / "a.png", "cosine", ["$a$", "_b"], whole)
+    heat_map(tmp_path / "b.png", "cosine", ["$a$", "_b"], whole, {"mid": whole, "text 1": [[1, 0], [0, math.nan]]})
+    with Image.open(tmp_path / "a.png") as alone, Image.open(tmp_path / "b.png") as with_blocks:
+        assert alone.width == with_blocks.width == 900
+        assert with_blocks.height > alone.height
+    red, blue, grey = "#67001f", "#053061", "#c8c8c4"
+    assert num_pixels(tmp_path / "b.png", red) > num_pixels(tmp_path / "a.png", red) > 1000
+    assert num_pixels(tmp_path / "b.png", blue) > num_pixels(tmp_path / "a.png", blue) > 1000
+    assert num_pixels(tmp_path / "b.png", grey) > 500
+
+
+def test_nothing_to_draw_and_wrong_sizes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no block"):
+        bar_chart(tmp_path / "a.png", "norm", {"one": {}}, value_name="")
+    with pytest.raises(ValueError, match="2 rows"):
+        heat_map(tmp_path / "a.png", "cosine", ["a", "b"], [[1.0]])
+    assert list(tmp_path.iterdir()) == []
