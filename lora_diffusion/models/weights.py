@@ -28,16 +28,22 @@ DTYPES = {
 
 
 class TensorFile:
-    """Reads tensors of an open .safetensors file. The file is not mapped, so none of it stays in memory."""
+    """Reads tensors of an open .safetensors file, each into the same buffer.
+
+    The file is not mapped, so none of it stays in memory; and freed buffers would leave holes between the weights.
+    """
 
     def __init__(self, path: Path) -> None:
         """Raises ContainerError if the file is damaged."""
         self.path = path
         self.header: Header = read_header(path)
         self._file: BufferedReader | None = None
+        self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def __enter__(self) -> Self:
         self._file = self.path.open("rb")
+        sizes = (info.end - info.begin for info in self.header.tensors.values())
+        self._buffer = torch.empty(max(sizes, default=0), dtype=torch.uint8)
         return self
 
     def __exit__(
@@ -45,9 +51,10 @@ class TensorFile:
     ) -> None:
         if self._file is not None:
             self._file.close()
+        self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def read(self, name: str, third: int | None = None) -> Tensor:
-        """The tensor as it is stored. third: 0, 1 or 2 reads that third of its rows only."""
+        """The tensor as it is stored, until the next call. third: 0, 1 or 2 reads that third of its rows only."""
         assert self._file is not None, "read inside `with`"
         info = self.header.tensors[name]
         if info.dtype not in DTYPES:
@@ -56,12 +63,12 @@ class TensorFile:
                 "Get a version in fp32, fp16, bf16 or fp8."
             )
         shape = info.shape if third is None else (info.shape[0] // 3, *info.shape[1:])
-        tensor = torch.empty(shape, dtype=DTYPES[info.dtype])
-        buffer = tensor.flatten().view(torch.uint8).numpy()
-        self._file.seek(self.header.data_start + info.begin + (third or 0) * buffer.nbytes)
-        if self._file.readinto(buffer.data) != buffer.nbytes:
+        size = (info.end - info.begin) // (1 if third is None else 3)
+        stored = self._buffer[:size]
+        self._file.seek(self.header.data_start + info.begin + (third or 0) * size)
+        if self._file.readinto(stored.numpy().data) != size:
             raise ModelError(f"{self.path}: ends within {name}. Something changed the file; load it again.")
-        return tensor
+        return stored.view(DTYPES[info.dtype]).reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -110,7 +117,7 @@ def fill(module: nn.Module, stored: Mapping[str, Stored], dtype: torch.dtype) ->
 def _read(stored: Stored, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     place = stored.place
     tensor = stored.file.read(place.key, place.third)
-    tensor = (tensor.T if place.is_transposed else tensor).to(dtype).reshape(shape).contiguous()
+    tensor = (tensor.T if place.is_transposed else tensor).to(dtype, copy=True).reshape(shape).contiguous()
     if not is_finite(tensor):
         raise ModelError(
             f"{stored.file.path}: {place.key} holds NaN or infinity as {str(dtype).removeprefix('torch.')}. "

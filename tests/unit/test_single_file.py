@@ -264,20 +264,23 @@ def test_the_spread_of_a_weight_is_a_guess_for_sd2_that_settings_overrule(
 # Memory
 
 MEASURE = """
-import resource, sys
+import re, sys
 from pathlib import Path
 import torch
 from lora_diffusion.models.load import load_model
+
+def memory(kind):  # getrusage would count the parent process too
+    return int(re.search(kind + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
 small, large, configs = map(Path, sys.argv[1:])
 load_model(small, configs=small.parent)  # imports, and what the first load keeps
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-model = load_model(large, configs=configs, dtype=getattr(torch, "float16"))
-weights = sum(p.numel() * p.element_size() for p in model.parameters())
-print(weights, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+before = memory("VmRSS")
+model = load_model(large, configs=configs, dtype=torch.float16)
+print(sum(p.numel() * p.element_size() for p in model.parameters()), memory("VmHWM") - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units elsewhere")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_needs_one_copy_of_the_weights(tmp_path: Path) -> None:
     """Stored in float32 and kept in float16: neither the file nor a second copy may stay in memory."""
     small = make_tiny_sd1(tmp_path / "small")
@@ -290,4 +293,4 @@ def test_loading_needs_one_copy_of_the_weights(tmp_path: Path) -> None:
     weights, growth = map(int, output.split())
     assert weights > 80 * 2**20
     largest = 4 * 1024 * 512 * 9 * 4  # a float32 convolution as read, and its copies while it is cast
-    assert growth < 1.1 * weights + largest
+    assert 0.9 * weights < growth < 1.1 * weights + largest
