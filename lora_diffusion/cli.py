@@ -74,6 +74,9 @@ def generate(
     count: Annotated[int, typer.Option(min=1, help="Pictures per prompt.")] = 1,
     clip_skip: Annotated[int, typer.Option(min=1, help="1 is the text encoder's last layer.")] = 1,
     precision: Annotated[str, typer.Option(help="auto, fp32, fp16 or bf16.")] = "auto",
+    configs: Annotated[
+        Path | None, typer.Option(help="Diffusers folder with the configs and the tokenizer of a single-file base.")
+    ] = None,
     debug: DebugOption = False,
 ) -> None:
     """Draw pictures with any number of adapters, each at its own strength."""
@@ -101,7 +104,8 @@ def generate(
             for text in prompt
             for index in range(count)
         ]
-        for path in write_pictures(base, list(adapters), requests, out, precision=precision, track=bar):
+        files = list(adapters)
+        for path in write_pictures(base, files, requests, out, precision=precision, configs=configs, track=bar):
             typer.echo(path)
 
 

@@ -38,7 +38,7 @@ from lora_diffusion.training.optimizers import build_optimizer, learning_rate_cu
 from lora_diffusion.training.previews import Previewer
 from lora_diffusion.training.regularise import Regulariser
 from lora_diffusion.training.resume import resume_from_newest
-from lora_diffusion.training.step import DenoisingLoss, train_only_adapters
+from lora_diffusion.training.step import DenoisingLoss, cached_text, train_only_adapters
 from lora_diffusion.training.trainer import Plan, Trainer
 from lora_diffusion.training.validation import Validator
 
@@ -98,18 +98,23 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
 
 def load_base(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> DiffusionModel:
     """The base that training sees: with the adapters of `model.merge` in its weights."""
-    model = load_model(
+
+    def prepare(model: DiffusionModel) -> None:
+        model.check_clip_skip(config.model.clip_skip)
+        merge_into_base(config, model)
+
+    return load_model(
         config.model.path,
         family=config.model.family,
         prediction=config.model.prediction,
         zero_terminal_snr=config.model.zero_terminal_snr,
+        configs=config.model.configs,
         dtype=dtype,
         device=device,
         attention=config.model.attention,
         quantise=config.model.quantise,
+        prepare=prepare,
     )
-    merge_into_base(config, model)
-    return model
 
 
 # Assembly
@@ -140,12 +145,12 @@ def _assemble(
         clip_skip=config.model.clip_skip,
         chunks=config.model.max_tokens // 75,
     )
-    cached_text = None if config.adapter.text_encoder else text
+    text_cache = None if config.adapter.text_encoder else text
 
     def encode(captions: Sequence[str]) -> Conditioning:
-        if cached_text is None:
+        if text_cache is None:
             return loss.encode(tuple(captions))
-        return Conditioning(torch.stack([cached_text.get(caption) for caption in captions]).to(accelerator.device))
+        return cached_text(text_cache, captions, accelerator.device)
 
     exporter = Exporter(
         parts=model.parts,
@@ -162,7 +167,7 @@ def _assemble(
         accelerator=accelerator,
         loss=loss,
         source=_batch_source(config, model, data, latents, accelerator),
-        text=cached_text,
+        text=text_cache,
         parameters=parameters,
         optimizer=_optimizer(config, groups),
         learning_rate_curve=learning_rate_curve(
