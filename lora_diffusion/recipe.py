@@ -73,8 +73,10 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     """Accelerate's view of devices and processes. The loss scaler is on for fp16 only."""
     device = resolve_device(config.run.device)
     uses_fp16 = resolve_precision(config.run.precision, device) == torch.float16
-    # An adapter that module dropout leaves out gets no gradient, which several processes have to be told.
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=config.adapter.module_dropout > 0)
+    # Several processes have to be told that adapters may go without a gradient: those that module dropout leaves out,
+    # and those of a text encoder's layers behind the one that is read.
+    may_be_unused = config.adapter.module_dropout > 0 or config.adapter.text_encoder
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=may_be_unused)
     return Accelerator(cpu=device.type == "cpu", mixed_precision="fp16" if uses_fp16 else "no", kwargs_handlers=[ddp])
 
 
