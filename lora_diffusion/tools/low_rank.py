@@ -29,6 +29,13 @@ def svd_of_factors(up: Tensor, down: Tensor) -> Svd:
     return _with_fixed_signs(left @ u, s, vh @ right.T)
 
 
+def singular_values_of_factors(up: Tensor, down: Tensor) -> Tensor:
+    """The singular values of up @ down alone, (k,) float64, falling: faster than `svd_of_factors`."""
+    left_core = torch.linalg.qr(up.double(), mode="r").R
+    right_core = torch.linalg.qr(down.double().T, mode="r").R
+    return torch.linalg.svdvals(left_core @ right_core.T)
+
+
 def svd_of_matrix(delta: Tensor, rank: int | None = None) -> Svd:
     """The SVD of `delta` (m, n), its `rank` largest parts or all: k = min(rank, m, n).
 
