@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lora_diffusion.adapters.geometry import ALPHA, DOWN, UP, Geometry
+from lora_diffusion.adapters.geometry import ALPHA, UP, Geometry
 from lora_diffusion.adapters.lora import whole_down
 from lora_diffusion.errors import UserError
 from lora_diffusion.formats.adapter_file import AdapterFile
