@@ -127,16 +127,18 @@ class AdapterFile:
     def write(self, path: Path, *, format: Format = "kohya", dtype: torch.dtype | None = torch.float16) -> None:
         """Replaces `path` atomically, then reads it back and compares.
 
-        dtype: of all weights; None leaves each as it is. alpha is float32 always. format: "peft" is for diffusers 0.34 or newer; it says alpha in its metadata, and only has LoRA and DoRA with
-        magnitudes per output. Raises AdapterFileError if it cannot hold this adapter, RunError if a value does not fit
-        `dtype`, if the disk is full, or if the file reads back differently.
+        dtype: of all weights; None leaves each as it is. alpha is float32 always. format: "peft" is for diffusers 0.34
+        or newer; it says alpha in its metadata, and only has LoRA and DoRA with magnitudes per output. Raises
+        AdapterFileError if it cannot hold this adapter, RunError if a value does not fit `dtype`, if the disk is full,
+        or if the file reads back differently.
         """
         tensors = self._tensors(format, dtype)
         for key, tensor in tensors.items():
             if not bool(torch.isfinite(tensor).all()):
+                kind = str(tensor.dtype).removeprefix("torch.")
                 raise RunError(
-                    f"{path}: {key} is not finite as {str(tensor.dtype).removeprefix('torch.')}, so the adapter was not "
-                    "saved. Lower the learning rate if the loss was not finite either, otherwise save as float32."
+                    f"{path}: {key} is not finite as {kind}, so the adapter was not saved. Lower the learning "
+                    "rate if the loss was not finite either, otherwise save as float32."
                 )
         data = save(tensors)
         try:

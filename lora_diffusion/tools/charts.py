@@ -94,6 +94,7 @@ def bar_panels(path: Path, title: str, panels: Mapping[str, Mapping[str, float]]
     for number, (axes, (name, values)) in enumerate(zip(rows, panels.items(), strict=True)):
         _draw_bars(axes, blocks, {name: values}, name, first_color=number)
     _name_blocks(rows[-1], blocks)
+    figure.align_ylabels()
     _save(figure, path)
 
 

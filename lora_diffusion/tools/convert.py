@@ -57,12 +57,12 @@ def convert_file(
     usual = with_usual_names(file)
     if renamed := len(usual.modules.keys() - file.modules.keys()):
         notes.append(f"{renamed} modules of a text encoder had a rarer name, and now have the usual one")
-    if cores := sum(MID in parts for parts in file.modules.values()):
-        if format == "peft":
-            notes.append(f"the Tucker cores of {cores} convolutions are multiplied into their other factor")
-    if missing := sum(ALPHA not in keys for keys in layout_of(source, read_header(source)).modules.values()):
-        if file.format == "kohya":
-            notes.append(f"{missing} modules had no alpha; it is written as their rank, which every reader assumes")
+    cores = sum(MID in parts for parts in file.modules.values())
+    if cores and format == "peft":
+        notes.append(f"the Tucker cores of {cores} convolutions are multiplied into their other factor")
+    missing = sum(ALPHA not in keys for keys in layout_of(source, read_header(source)).modules.values())
+    if missing and file.format == "kohya":
+        notes.append(f"{missing} modules had no alpha; it is written as their rank, which every reader assumes")
     usual.write(target, format="peft" if format == "peft" else "kohya", dtype=DTYPES[precision])
     written = AdapterFile.read(target)
     return Conversion(

@@ -159,7 +159,9 @@ def kronecker_factors(w1: Tensor, w2a: Tensor, w2b: Tensor) -> tuple[Tensor, Ten
     """
     u, s, vh = svd_of_matrix(w1)
     w1a, w1b = truncate(u, s, vh, max(1, int((s > 0).sum())))
-    return torch.kron(w1a, w2a.float().contiguous()), torch.kron(w1b, w2b.float().contiguous())
+    pairs = (w1a, w2a), (w1b, w2b)
+    up, down = (torch.kron(one.contiguous(), two.float().contiguous()) for one, two in pairs)  # kron needs it so
+    return up, down
 
 
 def _with_fixed_signs(u: Tensor, s: Tensor, vh: Tensor) -> Svd:

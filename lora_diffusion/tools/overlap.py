@@ -40,8 +40,8 @@ class Overlap:
         """Pairs that move the same directions, with their cosine."""
         return [
             (self.names[i], self.names[j], self.whole[i][j])
-            for i in range(len(self.names))
-            for j in range(i)
+            for j in range(len(self.names))
+            for i in range(j)
             if self.whole[i][j] > ALIKE
         ]
 

@@ -198,7 +198,7 @@ def _range(values: Sequence[int]) -> str:
 
 
 def _counts(counts: Mapping[str, int]) -> str:
-    """ "lora", or "191 lora, 1 loha"."""
+    """As text: "lora", or "191 lora, 1 loha"."""
     if len(counts) == 1:
         return next(iter(counts))
     return ", ".join(f"{count} {what}" for what, count in sorted(counts.items(), key=lambda item: -item[1]))
