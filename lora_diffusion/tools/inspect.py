@@ -30,11 +30,12 @@ _COMPONENTS = {"lora_unet": "UNet", "lora_te": "text encoder", "lora_te1": "text
 
 @dataclass(frozen=True)
 class Spread:
-    """Values over the modules of a part: smallest, largest, and the one that most modules have."""
+    """Values over the modules of a part: smallest, largest, the most frequent one, and in what share of them it is."""
 
     least: float
     most: float
     common: float
+    share: float
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,8 @@ def _part(file: AdapterFile, part: str, names: Sequence[str]) -> PartSummary:
 
 
 def _spread(values: Sequence[float]) -> Spread:
-    return Spread(min(values), max(values), Counter(values).most_common(1)[0][0])
+    ((common, count),) = Counter(values).most_common(1)
+    return Spread(min(values), max(values), common, count / len(values))
 
 
 def _blocks(file: AdapterFile, track: Track) -> dict[str, BlockSummary]:

@@ -189,8 +189,9 @@ def _table(*columns: str, numbers: Sequence[int] | None = None) -> Table:
 
 def _spread(spread: Spread) -> str:
     if spread.least == spread.most:
-        return f"{spread.least:g}"
-    return f"{spread.least:g} to {spread.most:g}, mostly {spread.common:g}"
+        return f"{spread.least:.4g}"
+    mostly = f", mostly {spread.common:.4g}" if spread.share > 0.5 else ""
+    return f"{spread.least:.4g} to {spread.most:.4g}{mostly}"
 
 
 def _range(values: Sequence[int]) -> str:

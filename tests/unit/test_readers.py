@@ -1,4 +1,4 @@
-"""Each rule about what other programs do: the file it is about, the same file without that property, and the verdict."""
+"""Each rule about other programs: the file it is about, the same file without that property, and the verdict."""
 
 from __future__ import annotations
 
