@@ -20,7 +20,7 @@ Factors = tuple[Tensor, Tensor]
 def factors_of(parts: Mapping[str, Tensor], geometry: Geometry) -> Factors:
     """The exact factors of a module's ΔW, alpha in them; R is at most the smaller side, unless a LoRA's rank is above.
 
-    Raises UserError for a DoRA: what it changes depends on the weight it was trained on.
+    Raises UserError for a DoRA, as what it changes depends on the weight it was trained on, and beyond float32.
     """
     if geometry.dora_axis is not None:
         raise UserError("a DoRA rescales the weight it was trained on, so without the base it has no change of its own")
@@ -31,6 +31,15 @@ def delta_of(parts: Mapping[str, Tensor], geometry: Geometry) -> Tensor:
     """ΔW as a matrix (out, in·k·k), float32. Raises UserError for a DoRA."""
     up, down = factors_of(parts, geometry)
     return up @ down
+
+
+def change_in(file: AdapterFile, name: str, *, direction_only: bool = False) -> Factors:
+    """`factors_of` the module `name`, or `direction_factors`; errors name the file and the module."""
+    factors = direction_factors if direction_only else factors_of
+    try:
+        return factors(file.modules[name], file.geometries[name])
+    except UserError as error:
+        raise UserError(f"{file.path}: {name}: {error}") from None
 
 
 def refuse_dora(file: AdapterFile, what: str) -> None:
@@ -51,7 +60,10 @@ def direction_factors(parts: Mapping[str, Tensor], geometry: Geometry) -> Factor
     scale = parts[ALPHA].item() / geometry.rank if geometry.rank and ALPHA in parts else 1.0
     if geometry.kind != "lora" and up.shape[1] > min(geometry.outputs, geometry.inputs):
         up, down = _trivial_factors(up @ down)
-    return up * scale, down
+    up = up * scale
+    if not (bool(torch.isfinite(up).all()) and bool(torch.isfinite(down).all())):
+        raise UserError("its change is too large for float32. The file is damaged, or its training diverged")
+    return up, down
 
 
 def _lora(parts: Mapping[str, Tensor]) -> Factors:

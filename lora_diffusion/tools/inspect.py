@@ -18,7 +18,7 @@ from lora_diffusion.formats.layout import Layout, layout_of
 from lora_diffusion.formats.metadata import tensor_hash
 from lora_diffusion.progress import Track, silent
 from lora_diffusion.tools.charts import bar_panels, block_of, in_order
-from lora_diffusion.tools.deltas import direction_factors
+from lora_diffusion.tools.deltas import change_in
 from lora_diffusion.tools.low_rank import effective_rank, singular_values_of_factors
 from lora_diffusion.tools.readers import FileFacts, Reading, spelling_of_blocks, what_readers_do
 
@@ -183,7 +183,7 @@ def _blocks(file: AdapterFile, track: Track) -> dict[str, BlockSummary]:
     norms: dict[str, list[float]] = {}
     ranks: dict[str, list[float]] = {}
     for name in track(list(file.modules), "singular values"):
-        s = singular_values_of_factors(*direction_factors(file.modules[name], file.geometries[name]))
+        s = singular_values_of_factors(*change_in(file, name, direction_only=True))
         block = known_block(name)
         norms.setdefault(block, []).append(float(s.square().sum()))
         ranks.setdefault(block, []).append(effective_rank(s))

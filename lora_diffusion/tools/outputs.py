@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,7 +15,8 @@ def check_output(path: Path, inputs: Iterable[Path], *, overwrite: bool, ending:
     ending: that the name must have, as programs list only such files.
     """
     for source in inputs:
-        if path.resolve() == source.resolve() or (path.exists() and source.exists() and path.samefile(source)):
+        is_same_path = os.path.realpath(path) == os.path.realpath(source)
+        if is_same_path or (path.exists() and source.exists() and path.samefile(source)):
             raise UserError(f"{path}: this is the input {source}, which is never overwritten. Choose another name.")
     if path.suffix != ending:
         raise UserError(f"{path}: the name should end in {ending}, by which programs find such files.")

@@ -16,7 +16,7 @@ from lora_diffusion.formats.families import FAMILY_NAMES
 from lora_diffusion.progress import Track, silent
 from lora_diffusion.tools.charts import heat_map
 from lora_diffusion.tools.convert import with_usual_names
-from lora_diffusion.tools.deltas import factors_of, refuse_dora
+from lora_diffusion.tools.deltas import change_in, refuse_dora
 from lora_diffusion.tools.inspect import OTHER_BLOCK, known_block, ordered
 from lora_diffusion.tools.low_rank import inner_product
 
@@ -72,11 +72,7 @@ def overlap_of_files(paths: Sequence[Path], track: Track = silent) -> Overlap:
     grams: dict[str, torch.Tensor] = {}
     for name in track(modules, "comparing"):
         gram = grams.setdefault(known_block(name), torch.zeros(len(files), len(files), dtype=torch.float64))
-        factors = {
-            number: factors_of(file.modules[name], file.geometries[name])
-            for number, file in enumerate(files)
-            if name in file.modules
-        }
+        factors = {number: change_in(file, name) for number, file in enumerate(files) if name in file.modules}
         for i in factors:
             for j in factors:
                 if j <= i:

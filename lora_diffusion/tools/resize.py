@@ -17,11 +17,13 @@ from lora_diffusion.errors import UserError
 from lora_diffusion.formats.adapter_file import AdapterFile
 from lora_diffusion.progress import Track, silent
 from lora_diffusion.tools.convert import with_usual_names
-from lora_diffusion.tools.deltas import Factors, factors_of, refuse_dora
+from lora_diffusion.tools.deltas import Factors, change_in, refuse_dora
 from lora_diffusion.tools.low_rank import (
     frobenius_norm_of_factors,
+    is_dense_quicker,
     rank_for_energy,
     svd_of_factors,
+    svd_of_matrix,
     truncate,
 )
 from lora_diffusion.tools.outputs import check_output
@@ -84,7 +86,7 @@ def resize_file(
     shorter: dict[str, Factors] = {}
     for name in track(list(file.modules), "resizing"):
         limit = conv_rank if conv_rank is not None and math.prod(kernels[name]) > 1 else rank
-        shorter[name] = shorten(factors_of(file.modules[name], file.geometries[name]), limit, energy)
+        shorter[name] = shorten(change_in(file, name), limit, energy)
     alpha = float(Counter(down.shape[0] for _, down in shorter.values()).most_common(1)[0][0])
     modules = {name: _as_lora(factors, kernels[name], alpha, dtype) for name, factors in shorter.items()}
     request = f"--rank {rank}" if energy is None else f"--energy {energy:g}"
@@ -99,8 +101,11 @@ def resize_file(
 
 def shorten(factors: Factors, rank: int | None, energy: float | None) -> Factors:
     """The best factors of `rank`, or of the smallest rank that holds the share `energy`; fewer if there are fewer."""
-    u, s, vh = svd_of_factors(*factors)
-    return truncate(u, s, vh, rank if rank is not None else rank_for_energy(s, 1.0 if energy is None else energy))
+    up, down = factors
+    u, s, vh = svd_of_matrix(up @ down) if is_dense_quicker(up, down) else svd_of_factors(up, down)
+    if rank is None:
+        rank = rank_for_energy(s, 1.0 if energy is None else energy)
+    return truncate(u, s, vh, min(rank, max(1, int((s > 0).sum()))))
 
 
 def kernel_of(file: AdapterFile, name: str) -> tuple[int, ...]:
@@ -150,8 +155,8 @@ def _compare(before: AdapterFile, after: AdapterFile, track: Track) -> tuple[tup
     report: list[ResizedModule] = []
     lost = total = 0.0
     for name in track(list(before.modules), "measuring"):
-        old = factors_of(before.modules[name], before.geometries[name])
-        new = factors_of(after.modules[name], after.geometries[name])
+        old = change_in(before, name)
+        new = change_in(after, name)
         norm = frobenius_norm_of_factors(*old)
         difference = _distance(old, new)
         ranks = (_rank(before.geometries[name], old), new[1].shape[0])

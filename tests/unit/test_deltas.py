@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,8 @@ from torch import Tensor, nn
 from lora_diffusion.adapters.geometry import Geometry, geometry_of
 from lora_diffusion.adapters.kinds import adapter_from_tensors
 from lora_diffusion.errors import UserError
-from lora_diffusion.tools.deltas import delta_of, direction_factors, factors_of
+from lora_diffusion.formats.adapter_file import AdapterFile
+from lora_diffusion.tools.deltas import change_in, delta_of, direction_factors, factors_of
 from tests.adapter_parts import Parts, loha, loha_tucker, lokr, lora, randn, tucker
 
 LINEAR = {
@@ -74,3 +77,11 @@ def test_a_dora_has_no_change_without_its_base_but_a_direction() -> None:
 
     up, down = direction_factors(parts, geometry(parts))
     close(up @ down, delta_of(lora(), geometry(lora())))
+
+
+@pytest.mark.parametrize("alpha", [1e38, -1e38])
+def test_a_change_beyond_float32_is_an_error_that_names_file_and_module(alpha: float) -> None:
+    parts = lora() | {"alpha": torch.tensor(alpha), "lora_up.weight": torch.full((12, 4), 100.0)}
+
+    with pytest.raises(UserError, match=r"a\.safetensors: layer: its change is too large"):
+        change_in(AdapterFile({"layer": parts}, path=Path("a.safetensors")), "layer")
