@@ -42,7 +42,7 @@ def singular_values_of_factors(up: Tensor, down: Tensor) -> Tensor:
 
 
 def is_dense_quicker(up: Tensor, down: Tensor) -> bool:
-    """Whether the product is quicker to decompose than the factors: its eigenvectors take a fraction of an SVD's time."""
+    """Whether the product is quicker to decompose than the factors; eigenvectors cost a fraction of an SVD."""
     return up.shape[1] > min(up.shape[0], down.shape[1]) // 4
 
 
