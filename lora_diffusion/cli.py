@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+import lora_diffusion.cli_files  # noqa: F401  # its commands
 from lora_diffusion.cli_base import DebugOption, app, errors_as_messages
 from lora_diffusion.progress import bar, silent
 

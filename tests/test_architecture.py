@@ -56,6 +56,7 @@ NEVER_TORCH = [
         "workspace",
         "cli",
         "cli_base",
+        "cli_files",
     ),
     *("data.captions", "data.buckets", "formats.metadata"),
 ]
