@@ -60,6 +60,7 @@ NEVER_TORCH = [
         "runs",
         "cli",
         "cli_base",
+        "cli_merge",
     ),
     *("data.captions", "data.buckets", "formats.metadata"),
 ]

@@ -115,7 +115,7 @@ def _metadata(base: Path, adapters: Sequence[tuple[Path, float]]) -> dict[str, s
     record = {
         "command": "bake",
         "base": model_name(base),
-        "adapters": [{"name": model_name(path), "weight": strength} for path, strength in adapters],
+        "adapters": [{"name": model_name(path), "strength": strength} for path, strength in adapters],
     }
     names = [model_name(base), *(model_name(path) for path, _ in adapters)]
     return {"modelspec.merged_from": ", ".join(names), MADE_BY: json.dumps(record)}

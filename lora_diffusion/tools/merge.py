@@ -198,7 +198,8 @@ def _check_inputs(files: Sequence[tuple[AdapterFile, float]], settings: MergeSet
     for number, ((file, weight), names) in enumerate(zip(files, renamed, strict=True), 1):
         for name, own_name in names.items():
             geometry, parts = file.geometries[own_name], file.modules[own_name]
-            _check_same_layer(name, file, geometry, changes.get(name, ()), owners.get(name))
+            if name in changes:
+                _check_same_layer(name, file, geometry, owners[name], changes[name][0].geometry)
             factor = block_factor(settings.block_weights, number, name)
             kernel = kernel_of(name, parts, family)
             kernels[name] = tuple(base.layers[name].shape[2:]) if base else (kernels.get(name) or kernel)
@@ -225,16 +226,13 @@ def _common_family(files: Sequence[AdapterFile]) -> str:
     return known[0].family if known else ""
 
 
-def _check_same_layer(
-    name: str, file: AdapterFile, geometry: Geometry, others: Sequence[_Change], owner: AdapterFile | None
-) -> None:
-    for other in others:
-        first = other.geometry
-        if owner is not None and (first.outputs, first.inputs) != (geometry.outputs, geometry.inputs):
-            raise UserError(
-                f"{file.path}: {name} is made for a layer of {geometry.outputs} x {geometry.inputs}, in {owner.path} "
-                f"it is {first.outputs} x {first.inputs}. They were trained on different models and cannot be merged."
-            )
+def _check_same_layer(name: str, file: AdapterFile, geometry: Geometry, owner: AdapterFile, first: Geometry) -> None:
+    """Raises UserError if the layers that two adapters were made for are of different sizes."""
+    if (first.outputs, first.inputs) != (geometry.outputs, geometry.inputs):
+        raise UserError(
+            f"{file.path}: {name} is made for a layer of {geometry.outputs} x {geometry.inputs}, in {owner.path} "
+            f"it is {first.outputs} x {first.inputs}. They were trained on different models and cannot be merged."
+        )
 
 
 def _rank(settings: MergeSettings, files: Sequence[AdapterFile]) -> int | None:

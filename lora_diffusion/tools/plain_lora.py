@@ -51,7 +51,7 @@ def plain_modules(
 
 
 def kernel_of(name: str, parts: Mapping[str, Tensor], family: str) -> tuple[int, ...]:
-    """The kernel of the layer that a module was made for, () for a linear one.
+    """The kernel of the layer that a module was made for, () for a linear one; family: "" if unknown.
 
     Some kinds flatten it away. Then the name tells, and for the projections around a transformer the family: they are
     1x1 convolutions in SD 1.x, and linear in SD 2.x and SDXL.
