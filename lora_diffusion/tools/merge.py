@@ -201,7 +201,7 @@ def _check_inputs(files: Sequence[tuple[AdapterFile, float]], settings: MergeSet
             if name in changes:
                 _check_same_layer(name, file, geometry, owners[name], changes[name][0].geometry)
             factor = block_factor(settings.block_weights, number, name)
-            kernel = kernel_of(name, parts, family)
+            kernel = kernel_of(name, parts, geometry.inputs, family)
             kernels[name] = tuple(base.layers[name].shape[2:]) if base else (kernels.get(name) or kernel)
             owners.setdefault(name, file)
             changes.setdefault(name, []).append(_Change(parts, geometry, weight * factor))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -26,19 +27,17 @@ _TEXT_PREFIXES = ("lora_te_", "lora_te1_", "lora_te2_")
 def plain_modules(
     factors: Mapping[str, Factors], kernels: Mapping[str, tuple[int, ...]]
 ) -> dict[str, dict[str, Tensor]]:
-    """Modules of a LoRA file by canonical name, with alpha = rank; kernels: () linear, (1, 1), (3, 3), by name.
+    """Modules of a LoRA file by canonical name; kernels: () linear, (1, 1), (3, 3), by name.
 
-    All of one text encoder get the same alpha, with the difference in the factors: diffusers reads differing ones wrong
-    there.
+    Alpha is the rank, scale 1. Where ranks differ within a component, all of it gets the most common one as alpha, and
+    the factors hold the difference: diffusers 0.42 reads differing alphas of attention layers and text encoders wrong.
     """
-    text_alphas = {
-        prefix: max((up.shape[1] for name, (up, _) in factors.items() if name.startswith(prefix)), default=0)
-        for prefix in _TEXT_PREFIXES
-    }
+    ranks: dict[str, Counter[int]] = {}
+    for name, (up, _) in factors.items():
+        ranks.setdefault(part_of(name), Counter())[up.shape[1]] += 1
     modules: dict[str, dict[str, Tensor]] = {}
     for name, (up, down) in factors.items():
-        rank = up.shape[1]
-        alpha = next((alpha for prefix, alpha in text_alphas.items() if name.startswith(prefix)), rank)
+        rank, alpha = up.shape[1], ranks[part_of(name)].most_common(1)[0][0]
         if alpha != rank:
             up, down = balanced(up, down, rank / alpha)
         kernel = kernels[name]
@@ -50,8 +49,10 @@ def plain_modules(
     return modules
 
 
-def kernel_of(name: str, parts: Mapping[str, Tensor], family: str) -> tuple[int, ...]:
-    """The kernel of the layer that a module was made for, () for a linear one; family: "" if unknown.
+def kernel_of(name: str, parts: Mapping[str, Tensor], inputs: int, family: str) -> tuple[int, ...]:
+    """The kernel of the layer that a module was made for, () for a linear one.
+
+    inputs: columns of the weight with the kernel flattened into them. family: "" if unknown.
 
     Some kinds flatten it away. Then the name tells, and for the projections around a transformer the family: they are
     1x1 convolutions in SD 1.x, and linear in SD 2.x and SDXL.
@@ -59,7 +60,7 @@ def kernel_of(name: str, parts: Mapping[str, Tensor], family: str) -> tuple[int,
     for part in (MID, "hada_t1", "lokr_t2", "lokr_w2", DOWN):
         if part in parts and parts[part].ndim == 4:
             return tuple(parts[part].shape[2:])
-    if _WIDE_KERNEL.search(name):
+    if _WIDE_KERNEL.search(name) and inputs % 9 == 0:
         return (3, 3)
     if name.endswith("_conv_shortcut") or (_PROJECTION.match(name) and family in ("sd1", "")):
         return (1, 1)

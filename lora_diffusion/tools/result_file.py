@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lora_diffusion import __version__
+import lora_diffusion
 from lora_diffusion.errors import UserError
 from lora_diffusion.formats.layout import Format
 from lora_diffusion.formats.metadata import IMPLEMENTATIONS
@@ -85,7 +85,7 @@ def result_metadata(
     return metadata | {
         "ss_output_name": out.stem,
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.implementation_version": f"lora-diffusion {__version__}",
+        "modelspec.implementation_version": f"lora-diffusion {lora_diffusion.__version__}",
         "modelspec.title": out.stem,
         "modelspec.date": datetime.now(UTC).replace(tzinfo=None, microsecond=0).isoformat(),
         MADE_BY: json.dumps(record),

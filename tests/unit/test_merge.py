@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -17,11 +17,14 @@ from lora_diffusion.cli import app
 from lora_diffusion.errors import RunError, UserError
 from lora_diffusion.formats.adapter_file import AdapterFile
 from lora_diffusion.formats.checkpoint_file import BaseWeights
+from lora_diffusion.models.load import load_model
 from lora_diffusion.streams import stream
 from lora_diffusion.tools import low_rank
+from lora_diffusion.tools.bake import bake_adapters
 from lora_diffusion.tools.block_weights import parse_block_weight
 from lora_diffusion.tools.merge import MergeReport, MergeSettings, merge_adapters
 from tests.hand_made import dense, locon, loha, lokr, lora, randn, relative, save_kohya
+from tests.random_adapters import random_adapter, written
 
 BLOCK = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_"
 TO_Q, TO_K, FF = f"{BLOCK}attn1_to_q", f"{BLOCK}attn2_to_k", f"{BLOCK}ff_net_0_proj"
@@ -121,6 +124,30 @@ def test_kinds_mix_exactly(tmp_path: Path) -> None:
     assert file.kinds == {"lora": 3}
 
 
+def test_diffusers_reads_a_result_of_several_ranks(tmp_path: Path, tiny_sd1: Path) -> None:
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+
+    model = load_model(tiny_sd1)
+    whole = written(random_adapter(model, seed=1, parts=("unet", "text_encoder")), tmp_path / "whole.safetensors")
+    other = random_adapter(model, seed=2, parts=("unet", "text_encoder"), targets="full", rank=6)
+    every_other = AdapterFile(dict(list(other.modules.items())[::2]))
+    written(every_other, tmp_path / "parts.safetensors")
+    inputs = [(tmp_path / "whole.safetensors", 0.7), (tmp_path / "parts.safetensors", -0.4)]
+    file, _ = merged(inputs, tmp_path / "out.safetensors")
+    bake_adapters(tiny_sd1, inputs, tmp_path / "baked")
+
+    assert {geometry.rank for geometry in file.geometries.values()} >= {4, 6, 10}
+    assert file.modules.keys() == whole.modules.keys() | every_other.modules.keys()
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_sd1, local_files_only=True)
+    pipe.load_lora_weights(tmp_path / "out.safetensors")
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    for part, weights in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        fused = {name.removeprefix("text_model."): weight for name, weight in getattr(pipe, part).state_dict().items()}
+        for name, weight in load_file(tmp_path / "baked" / part / f"{weights}.safetensors").items():
+            torch.testing.assert_close(fused[name.removeprefix("text_model.")], weight, rtol=1e-6, atol=1e-6)
+
+
 def test_a_module_that_one_adapter_has_is_taken_as_it_is(tmp_path: Path) -> None:
     first, second = lora(24, 20, 3, alpha=1, seed=1), lora(24, 20, 5, alpha=2, seed=5)
     paths = [
@@ -134,7 +161,7 @@ def test_a_module_that_one_adapter_has_is_taken_as_it_is(tmp_path: Path) -> None
     assert relative(dense(file.modules[FF]), dense(second)) < FLOAT32
 
 
-def test_all_modules_of_a_text_encoder_get_one_alpha(tmp_path: Path) -> None:
+def test_all_modules_of_a_component_get_one_alpha(tmp_path: Path) -> None:
     other = TEXT.replace("fc1", "fc2")
     first = {TEXT: lora(64, 32, 4, alpha=1, seed=1)}
     second = {TEXT: lora(64, 32, 4, alpha=2, seed=5), other: lora(32, 64, 4, alpha=2, seed=9)}
