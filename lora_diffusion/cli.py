@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-import lora_diffusion.cli_files  # noqa: F401  # its commands
+import lora_diffusion.cli_files
+import lora_diffusion.cli_merge  # noqa: F401  # their commands
 from lora_diffusion.cli_base import DebugOption, app, errors_as_messages
 from lora_diffusion.progress import bar, silent
 

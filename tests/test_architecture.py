@@ -57,6 +57,7 @@ NEVER_TORCH = [
         "cli",
         "cli_base",
         "cli_files",
+        "cli_merge",
     ),
     *("data.captions", "data.buckets", "formats.metadata"),
 ]
