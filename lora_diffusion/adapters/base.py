@@ -15,6 +15,8 @@ from lora_diffusion.adapters.frozen import Layer, stored_weight, wide
 
 __all__ = ["Adapter", "Dropout", "Layer", "changed_weight", "with_weight"]
 
+_BELOW_LIMIT = 1 - 1e-5  # so that float32 rounding does not leave a limited change above the limit, to be limited again
+
 
 @dataclass(frozen=True)
 class Dropout:
@@ -88,7 +90,7 @@ class Adapter(nn.Module, ABC):
         """Scale the change down to the norm `limit` if it is larger; whether that was needed."""
         norm = self.delta_norm().item()
         if norm > limit:
-            self.scale_delta(limit / norm)
+            self.scale_delta(limit / norm * _BELOW_LIMIT)
         return norm > limit
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,7 +111,9 @@ class Adapter(nn.Module, ABC):
         """Whether module dropout leaves this adapter out of the present batch."""
         if self.dropout_seed is None or self.dropout.module == 0:
             return False
-        return bool(torch.rand((), generator=torch.Generator().manual_seed(self.dropout_seed)) < self.dropout.module)
+        # Not the seed that the other kinds of dropout start from: they would depend on this number.
+        generator = torch.Generator().manual_seed(self.dropout_seed ^ 1)
+        return bool(torch.rand((), generator=generator) < self.dropout.module)
 
 
 def with_weight(base: Layer, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
