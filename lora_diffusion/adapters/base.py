@@ -81,6 +81,10 @@ class Adapter(nn.Module, ABC):
         """The parameters of the adapter, without the base's."""
         return [parameter for name, parameter in self.named_parameters() if not name.startswith("base.")]
 
+    def undecayed(self) -> list[nn.Parameter]:
+        """Those of `trained()` that weight decay must leave alone, as 0 does not mean "no change" for them."""
+        return []
+
     def delta_norm(self) -> Tensor:
         """Frobenius norm of `delta()`, 0-d."""
         return self.delta().square().sum().sqrt()

@@ -29,6 +29,9 @@ from lora_diffusion.formats.peft_file import peft_alphas, peft_metadata, peft_te
 
 Modules = Mapping[str, Mapping[str, Tensor]]
 
+_EXACT = (ALPHA, DORA_SCALE)
+"""Parts that are always written as float32: rounding one would change the whole of a layer, not just the change."""
+
 
 class FilePart(Protocol):
     """A component of a base model that knows what its modules are called in files."""
@@ -186,7 +189,7 @@ class AdapterFile:
             tensors = peft_tensors(self.path, self.modules, self.kinds)
             return {key: tensor.to(dtype).contiguous() for key, tensor in tensors.items()}
         return {
-            f"{name_in_file(name, self.family)}.{part}": tensor.to(torch.float32 if part == ALPHA else dtype).clone(
+            f"{name_in_file(name, self.family)}.{part}": tensor.to(torch.float32 if part in _EXACT else dtype).clone(
                 memory_format=torch.contiguous_format
             )
             for name, parts in self.modules.items()
