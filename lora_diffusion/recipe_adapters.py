@@ -77,7 +77,10 @@ def inject_adapters(config: TrainConfig, model: DiffusionModel, *, is_resumed: b
                     f"[adapter] {name}: {expression!r} is found in none of the {len(paths)} layers with an adapter. "
                     f"A path looks like {max(paths, key=len, default='')!r}."
                 )
-    start = _Start(settings.start_from, model) if settings.start_from and not is_resumed else None
+    start = None
+    if settings.start_from is not None and not is_resumed:
+        has_patterns = bool(settings.rank_pattern or settings.alpha_pattern)
+        start = _Start(settings.start_from, model, has_patterns=has_patterns)
     adapters: Adapters = {}
     for part, layers in chosen.items():
         kept = {path: layer for path, layer in layers.items() if _first(settings.lr_pattern, path, 1.0) > 0}
@@ -174,8 +177,10 @@ def _first(patterns: Mapping[str, V], path: str, otherwise: V) -> V:
 class _Start:
     """A file whose weights new adapters take over."""
 
-    def __init__(self, path: Path, model: DiffusionModel) -> None:
+    def __init__(self, path: Path, model: DiffusionModel, *, has_patterns: bool) -> None:
+        """has_patterns: the new adapters' alphas may differ from layer to layer."""
         self._path = path
+        self._has_patterns = has_patterns
         attachment = AdapterFile.read(path).attach(model.parts)
         if attachment.unread:
             raise UserError(f"{path}: {attachment.unread[0]} is no layer of this base. Start from a file made for it.")
@@ -191,8 +196,8 @@ class _Start:
         own, theirs = adapter.state(), there.state()
         shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in (own, theirs)]
         ratio = _scale(there) / _scale(adapter)
-        if part != "unet" and UP in theirs:
-            # Files have one alpha for a whole text encoder, so a pattern's alpha is in their lora_up.
+        if self._has_patterns and UP in theirs:
+            # Our files have one alpha for a whole component: what a pattern says of a layer is in its lora_up.
             theirs = theirs | {UP: theirs[UP] * ratio}
             ratio = 1.0
         # Files hold alpha as float32.

@@ -125,7 +125,7 @@ class AdapterFile:
             for part, by_path in adapters.items()
             for path, adapter in by_path.items()
         }
-        return cls(_with_one_alpha_per_text_encoder(modules), metadata or {}, family=family)
+        return cls(_with_one_alpha_per_component(modules), metadata or {}, family=family)
 
     def write(self, path: Path, *, format: Format = "kohya", dtype: torch.dtype = torch.float16) -> None:
         """Replaces `path` atomically, then reads it back and compares.
@@ -294,9 +294,12 @@ def _scales(file: AdapterFile) -> dict[str, float]:
     }
 
 
-def _with_one_alpha_per_text_encoder(modules: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """The same changes with one alpha in each text encoder: diffusers reads differing ones wrong there."""
-    for prefix in ("lora_te_", "lora_te1_", "lora_te2_"):
+def _with_one_alpha_per_component(modules: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """The same changes with one alpha in each component.
+
+    Of differing ones diffusers (0.42) takes the most frequent for all of a text encoder and all attention layers.
+    """
+    for prefix in ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_"):
         members = [parts for name, parts in modules.items() if name.startswith(prefix) and UP in parts]
         alphas = Counter(parts[ALPHA].item() for parts in members)
         if len(alphas) > 1:
