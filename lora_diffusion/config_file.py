@@ -237,7 +237,7 @@ def _value(setting: object) -> str:
     import tomlkit  # only for writing: reading a config should not wait for it
 
     if not isinstance(setting, dict):
-        return tomlkit.item(_plain(setting)).as_string()
+        return tomlkit.item(cast("Any", _plain(setting))).as_string()
     table = tomlkit.inline_table()
     table.update(cast("Tree", setting))
     return table.as_string()

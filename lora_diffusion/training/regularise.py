@@ -24,8 +24,7 @@ class Regulariser:
         dropping = {name: adapter for name, adapter in self.adapters.items() if adapter.dropout != Dropout()}
         for name, adapter in dropping.items():
             adapter.dropout_seed = stream_seed(self.seed, "dropout", micro_step, process, name)
-        if dropping and all(adapter.is_dropped() for adapter in dropping.values()):
-            self._keep_one(dropping, micro_step, process)
+        self._keep_one(dropping, micro_step, process)
         try:
             yield
         finally:
@@ -33,9 +32,13 @@ class Regulariser:
                 adapter.dropout_seed = None
 
     def _keep_one(self, dropping: Mapping[str, Adapter], micro_step: int, process: int) -> None:
-        """Drop nothing of one adapter: a batch without any would have no gradient. One of the UNet's if it has any."""
+        """Where all of the UNet's adapters would be left out, drop nothing of one of them.
+
+        A batch without any would have no gradient. Those of text encoders do not count: their training may be over.
+        """
         names = [name for name in dropping if name.startswith("unet.")] or list(dropping)
-        dropping[names[stream_seed(self.seed, "kept", micro_step, process) % len(names)]].dropout_seed = None
+        if names and all(dropping[name].is_dropped() for name in names):
+            dropping[names[stream_seed(self.seed, "kept", micro_step, process) % len(names)]].dropout_seed = None
 
     def limit_norms(self) -> int | None:
         """Scale down every change that is larger than the limit; how many were, None without a limit."""

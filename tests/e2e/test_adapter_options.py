@@ -91,9 +91,7 @@ def test_patterns_decide_rank_alpha_and_learning_rate_layer_by_layer(write: Writ
     )
     trainer = prepare(config)
     peaks = {
-        id(parameter): group["peak_lr"]
-        for group in trainer.optimizer.param_groups
-        for parameter in group["params"]
+        id(parameter): group["peak_lr"] for group in trainer.optimizer.param_groups for parameter in group["params"]
     }
     adapters = adapters_of(trainer)
     assert len(adapters) > 50
@@ -107,7 +105,9 @@ def test_patterns_decide_rank_alpha_and_learning_rate_layer_by_layer(write: Writ
     assert trainer.optimizer.param_groups[0]["peak_lr"] == 1e-3, "the one that is logged"
     before = {path: adapter.delta() for path, adapter in adapters.items()}
     file = AdapterFile.read(trainer.fit())
-    assert all(not torch.equal(adapter.delta(), before[path]) for path, adapter in adapters.items())
+    # In the middle a picture is one latent, which attends to itself whatever queries and keys are.
+    learning = [path for path in adapters if not (path.startswith("mid_block") and "attn1" in path)]
+    assert all(not torch.equal(adapters[path].delta(), before[path]) for path in learning)
     assert {geometry.rank for geometry in file.geometries.values()} == {2, 4, 6}
 
 
@@ -130,7 +130,7 @@ def test_a_run_that_trains_nothing_is_an_error(write: Write) -> None:
     with pytest.raises(UserError, match="lr_pattern: every layer has learning rate 0"):
         prepare(write(adapter=everywhere))
     both = {"text_encoder": True, **everywhere}
-    with pytest.raises(UserError, match="text_encoder_steps: .*nothing would be trained after that step"):
+    with pytest.raises(UserError, match=r"text_encoder_steps: .*nothing would be trained after that step"):
         prepare(write(adapter=both, optimizer={"text_encoder_steps": 2}))
     trainer = prepare(write(adapter=both))
     assert all(name.startswith("lora_te_") for name in AdapterFile.read(trainer.fit()).modules)
@@ -232,7 +232,7 @@ DROPOUTS = [
 def test_dropout_is_repeated_by_a_resumed_run_and_by_gradient_checkpointing(
     write: Write, settings: dict[str, Any]
 ) -> None:
-    run = {"gradient_accumulation": 2}
+    run = {"gradient_accumulation": 2, "steps": 2}
     plain = prepare(write("plain", adapter={"kind": settings.get("kind", "lora")}, run=run))
     plain_hash = tensor_hash(plain.fit())
     whole = prepare(write("whole", adapter=settings, run=run))
@@ -277,7 +277,7 @@ def test_a_batch_never_loses_all_its_adapters(write: Write) -> None:
     """It would have no gradient: with one layer, every second batch."""
     config = write(
         run={"steps": 8},
-        adapter={"targets": [r"mid_block.*attn1\.to_q$"], "module_dropout": 0.9, "text_encoder": True},
+        adapter={"targets": [r"mid_block.*attn2\.to_q$"], "module_dropout": 0.9, "text_encoder": True},
         optimizer={"text_encoder_steps": 4},
     )
     trainer = prepare(config)
@@ -285,11 +285,10 @@ def test_a_batch_never_loses_all_its_adapters(write: Write) -> None:
     seeds = []
     for step in range(100):
         with trainer.regulariser.dropout(step, 0):
-            everything = trainer.regulariser.adapters
-            assert not all(one.is_dropped() for one in everything.values())
+            assert not adapter.is_dropped()
             seeds.append(adapter.dropout_seed)
         assert adapter.dropout_seed is None
-    assert len(set(seeds)) > 50
+    assert 80 < seeds.count(None) < 100, "kept in about 90 of 100 batches, by chance in the others"
     assert all(torch.isfinite(torch.tensor(line["loss"])) for line in metrics_of_fit(trainer))
 
 
@@ -300,6 +299,7 @@ def metrics_of_fit(trainer: Trainer) -> list[dict[str, float]]:
     return lines
 
 
+@pytest.mark.slow
 def test_two_processes_train_with_module_dropout(write: Write, tmp_path: Path) -> None:
     config = write(
         adapter={"module_dropout": 0.5, "text_encoder": True}, optimizer={"text_encoder_steps": 2}, run={"steps": 3}
@@ -387,10 +387,10 @@ def test_a_file_of_another_shape_is_no_start(write: Write, settings: dict[str, A
 
 
 def test_layers_that_the_file_lacks_start_afresh(write: Write) -> None:
-    path = prepare(write("first", adapter={"targets": ["mid_block.*to_q$"]}, optimizer={"lr": 1e-2})).fit()
+    path = prepare(write("first", adapter={"targets": ["mid_block.*to_v$"]}, optimizer={"lr": 1e-2})).fit()
     trainer = prepare(write("second", adapter={"start_from": str(path)}))
     changed = {name for name, adapter in adapters_of(trainer).items() if adapter.delta().any()}
-    assert changed == {name for name in adapters_of(trainer) if name.startswith("mid_block") and name.endswith("to_q")}
+    assert changed == {name for name in adapters_of(trainer) if name.startswith("mid_block") and name.endswith("to_v")}
     assert len(changed) == 2
 
 
@@ -516,7 +516,7 @@ KINDS = [
 def test_every_kind_learns_and_resumes_bit_for_bit(write: Write, settings: dict[str, Any]) -> None:
     sections: dict[str, Any] = {
         "run": {"steps": 10, "batch_size": 4},
-        "adapter": {"targets": "full", "alpha": 4.0} | settings,
+        "adapter": {"alpha": 4.0} | settings,
         "optimizer": {"lr": 3e-3},
         "validation": {"every": 10, "fraction": 0.3},
     }
@@ -558,7 +558,9 @@ def test_the_file_of_a_run_on_the_untouched_base_is_the_trained_model(
 def test_weight_decay_leaves_magnitudes_alone(write: Write) -> None:
     trainer = prepare(write(adapter={"kind": "dora"}, optimizer={"weight_decay": 0.3}))
     decays = {
-        id(parameter): group["weight_decay"] for group in trainer.optimizer.param_groups for parameter in group["params"]
+        id(parameter): group["weight_decay"]
+        for group in trainer.optimizer.param_groups
+        for parameter in group["params"]
     }
     for adapter in adapters_of(trainer).values():
         for name, parameter in adapter.named_parameters():
@@ -570,5 +572,3 @@ def test_a_checkpoint_of_another_rank_pattern_is_refused(write: Write) -> None:
     train_until(prepare(write()), 2)
     with pytest.raises(UserError, match=r"adapter\.rank_pattern"):
         prepare(write(adapter={"rank_pattern": {"to_q": 2}}), resume=True)
-
-

@@ -116,7 +116,7 @@ def lokr(t: Mapping[str, Array], kernel: tuple[int, ...]) -> Array:
 
 
 def dora(t: Mapping[str, Array], kernel: tuple[int, ...], weight: Array, inside: Array) -> Array:
-    """m · (W + Δ) / ‖W + Δ‖ - W, with the norm of each slice that one magnitude belongs to."""
+    """The change m · (W + Δ) / ‖W + Δ‖ - W, with the norm of each slice that one magnitude belongs to."""
     turned, magnitudes = weight + inside, t["dora_scale"].flatten()
     eps = np.finfo(np.float32).eps
     changed = np.zeros_like(turned)
@@ -265,10 +265,8 @@ def test_gradients_are_those_of_the_dense_formula(case: str, axis: int | None) -
     for is_dense in (False, True):
         adapter = adapter_from_tensors(layer, tensors)
         x = make_input(layer).requires_grad_()
-        if is_dense:
-            output = functional_call(layer, {"weight": layer.weight + adapter.delta()}, (x,))
-        else:
-            output = adapter(x)
+        changed = {"weight": layer.weight + adapter.delta()}
+        output = functional_call(layer, changed, (x,)) if is_dense else adapter(x)
         output.square().mean().backward()
         assert x.grad is not None
         gradients.append({"x": x.grad} | {n: p.grad for n, p in adapter.named_parameters() if p.grad is not None})

@@ -1,4 +1,4 @@
-"""Files of every kind and spelling: what is written is what was in memory, and what others wrote means what they meant."""
+"""Files of every kind and spelling: what is written is what was in memory, and others' files mean what they meant."""
 
 from __future__ import annotations
 
@@ -209,7 +209,9 @@ def test_diffusers_fuses_the_same_weights_as_merging_here(folder: Path, tmp_path
         ours, theirs = model.parts[part].module.state_dict(), getattr(pipeline, part).state_dict()
         assert ours.keys() == theirs.keys()
         for name in ours:
-            torch.testing.assert_close(ours[name], theirs[name], atol=1e-6, rtol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                ours[name], theirs[name], atol=1e-6, rtol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+            )
     assert sum(not torch.equal(before[name], tensor) for name, tensor in model.unet.state_dict().items()) == 277
 
 
