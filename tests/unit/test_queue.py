@@ -154,7 +154,8 @@ def test_a_stopped_job_is_not_taken_up_again_by_itself(work: Bench) -> None:
     assert work.queue.job(id).status == "stopped"
     work.queue.replace_config(id, work.queue.config(id).replace("500", "30"))
     work.queue.retry(id)
-    assert work.work_until(id, "finished").steps == 30
+    assert work.queue.job(id).steps == 30
+    assert work.work_until(id, "finished").step == 30
 
 
 def test_a_job_that_waits_can_be_paused(work: Bench) -> None:
@@ -277,6 +278,8 @@ def test_a_run_from_a_terminal_is_listed_and_can_be_taken_into_the_queue(work: B
     work.queue.resume(running[0].id)
     (job,) = work.queue.jobs()
     assert (job.id > 0, job.status, job.run) == (True, "queued", run.path)
+    work.queue.resume(running[0].id)  # another tab, which has not looked since
+    assert [job.id for job in work.queue.jobs()] == [job.id]
     assert work.work_until(job.id, "finished").step == 20
 
 
