@@ -5,6 +5,7 @@ The database knows what was asked for; how a job is, is looked up at every call 
 
 from __future__ import annotations
 
+import re
 import time
 import zlib
 from collections.abc import Callable, Container
@@ -225,7 +226,7 @@ class Queue:
         forgotten = {self.workspace.root / entry.run: entry.forgotten for entry in entries if entry.forgotten}
         jobs: list[Job] = []
         for folder in self.workspace.run_folders():
-            if folder in owned:
+            if folder in owned or _is_leftover(folder):
                 continue
             condition = condition_of_run(RunFolder(folder))
             state = condition.state
@@ -268,6 +269,13 @@ class Queue:
 def _speed(condition: Condition) -> float | None:
     state = condition.state
     return (state.seconds_per_step or None) if state and condition.status == "running" else None
+
+
+def _is_leftover(folder: Path) -> bool:
+    """Whether a start that came to nothing was moved aside here when the run was started again."""
+    if not re.fullmatch(r".+-previous-\d+", folder.name):
+        return False
+    return not RunFolder(folder).has_checkpoint and not any(folder.glob("*.safetensors"))
 
 
 def _foreign_id(folder: Path) -> int:

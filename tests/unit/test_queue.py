@@ -283,6 +283,20 @@ def test_a_run_from_a_terminal_is_listed_and_can_be_taken_into_the_queue(work: B
     assert work.work_until(job.id, "finished").step == 20
 
 
+def test_what_a_start_without_a_checkpoint_left_is_moved_aside_and_not_listed(work: Bench) -> None:
+    id = work.queue.add(toml(steps=30)).id
+    work.work_until_step(id, 1)
+    work.process(id).kill()
+    run = RunFolder(work.work_until(id, "interrupted").run)
+    for checkpoint in run.checkpoints.glob("*"):
+        checkpoint.rmdir()
+    work.queue.resume(id)
+    work.work_until(id, "finished")
+
+    assert run.path.with_name("ink-previous-1").is_dir()
+    assert [job.id for job in work.queue.jobs()] == [id]
+
+
 def test_a_forgotten_job_is_off_the_list_until_its_folder_is_used_again(work: Bench) -> None:
     job = work.queue.add(toml())
     work.work_until(job.id, "finished")
