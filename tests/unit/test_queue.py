@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import sqlite3
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -235,6 +236,20 @@ def test_a_program_that_cannot_be_started_fails_the_job(work: Bench) -> None:
     job = work.work_until(id, "failed")
 
     assert job.error is not None and "/no/such/program cannot be started" in job.error.message
+
+
+def test_a_start_that_fails_without_a_message_of_ours_tells_the_line_that_says_why(work: Bench) -> None:
+    accelerate = (
+        "\nTraceback (most recent call last):\n  File\nsubprocess.CalledProcessError: Command '[…]' returned 1."
+    )
+    output = (
+        f"Traceback (most recent call last):\n  import torch\nModuleNotFoundError: No module named 'torch'{accelerate}"
+    )
+    work.runner.command = lambda config, resume: [sys.executable, "-c", f"print({output!r}); exit(1)"]
+    job = work.work_until(work.queue.add(toml()).id, "failed")
+
+    assert job.error is not None
+    assert job.error.message == "ModuleNotFoundError: No module named 'torch'"
 
 
 def test_what_cannot_be_done_is_refused_with_the_reason(work: Bench) -> None:
