@@ -54,6 +54,16 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def last_bytes(path: Path, count: int) -> bytes:
+    """The end of a file, at most `count` bytes of it; nothing if it is not there."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - count))
+            return file.read(count)
+    except OSError:
+        return b""
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames inside `folder` survive a power loss. Does nothing where folders cannot be opened (Windows)."""
     if os.name == "nt":

@@ -6,6 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -247,21 +248,21 @@ def _plan(config: TrainConfig, steps: int) -> Plan:
 def make_previewer(config: TrainConfig, run: RunFolder, model: DiffusionModel) -> Previewer:
     """Raises UserError when a preview cannot be drawn as asked, for example in this size."""
     preview, engine = config.preview, Engine(model)
+    template = Request(
+        prompt="",
+        negative=preview.negative,
+        seed=preview.seed,
+        steps=preview.steps,
+        cfg=preview.cfg,
+        size=preview.size,
+        sampler=preview.sampler,
+        clip_skip=config.model.clip_skip,
+    )
     requests = [
-        Request(
-            prompt=prompt,
-            negative=preview.negative,
-            seed=preview.seed + index,
-            steps=preview.steps,
-            cfg=preview.cfg,
-            size=preview.size,
-            sampler=preview.sampler,
-            clip_skip=config.model.clip_skip,
-        )
+        engine.complete(replace(template, prompt=prompt, seed=preview.seed + index))
         for index, prompt in enumerate(preview.prompts)
     ]
-    requests = [engine.complete(request) for request in requests]
-    return Previewer(engine, requests, run.previews, Path(config.model.path).name)
+    return Previewer(engine, requests, template, run.previews, Path(config.model.path).name)
 
 
 def _facts(

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
@@ -24,6 +25,8 @@ import psutil
 from lora_diffusion.errors import UserError
 from lora_diffusion.files import write_json_atomically
 
+logger = logging.getLogger(__name__)
+
 Status = Literal["running", "finished", "stopped", "failed", "died"]
 Control = Literal["stop", "save_now", "sample_now"]
 
@@ -33,6 +36,8 @@ STARTING_FILES = ("config.toml", "state.json", "log.txt", "dataset.json", "contr
 PROCESS_START_TOLERANCE_S = (
     2.0  # the system's boot time, which process starts are counted from, is rounded and adjusted
 )
+MAX_SILENCE_ELSEWHERE_S = 900.0  # encoding pictures and measuring give no sign of life between steps
+MAX_REQUEST_BYTES = 100_000  # of a control file: some prompts and numbers
 MIN_FREE_BYTES = 100_000_000  # an adapter of rank 16 with its optimiser state is about 40 MB
 
 
@@ -65,16 +70,33 @@ class RunState:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the process that wrote this still runs; on another machine it is taken at its word."""
-        if self.status != "running" or self.host != socket.gethostname():
-            return self.status == "running"
-        try:
-            started = psutil.Process(self.pid).create_time()
-        except psutil.AccessDenied:
-            return True  # it exists, and belongs to someone else
-        except (psutil.NoSuchProcess, ValueError):
+        """Whether the process that wrote this still runs.
+
+        On another machine, or in a container that has been replaced, nobody can look: there it is taken at its word
+        for as long as it has given one lately.
+        """
+        if self.status != "running":
             return False
-        return abs(started - self.process_start) < PROCESS_START_TOLERANCE_S
+        if self.host != socket.gethostname():
+            return time.time() - self.heartbeat < MAX_SILENCE_ELSEWHERE_S
+        return is_process(self.pid, self.process_start)
+
+
+def is_process(pid: int, started: float) -> bool:
+    """Whether process `pid` runs and is the one that started then, and not a later one with its number.
+
+    A process that ended and that its parent has not noticed (a zombie) does not run.
+    """
+    try:
+        process = psutil.Process(pid)
+        return (
+            abs(process.create_time() - started) < PROCESS_START_TOLERANCE_S
+            and process.status() != psutil.STATUS_ZOMBIE
+        )
+    except psutil.AccessDenied:
+        return True  # it exists, and belongs to someone else
+    except (psutil.NoSuchProcess, ValueError):
+        return False
 
 
 @dataclass(frozen=True)
@@ -171,21 +193,32 @@ class RunFolder:
 
     # Control files
 
-    def ask(self, control: Control) -> None:
-        """Ask the running training for something; it answers at the next step boundary."""
+    def ask(self, control: Control, content: Mapping[str, Any] | None = None) -> None:
+        """Ask the running training for something; it answers at the next step boundary.
+
+        content: what exactly, as JSON values; `sample_now` takes prompts, seed, steps and cfg. None: as usual.
+        """
         self.control.mkdir(exist_ok=True)
         name = next(name for name, meaning in CONTROL_FILES.items() if meaning == control)
-        write_json_atomically(self.control / name, {"time": time.time()})
+        write_json_atomically(self.control / name, {"time": time.time(), **(content or {})})
 
-    def take_control(self) -> list[Control]:
-        """What was asked since the last call. Each request is returned once: its file is deleted."""
-        taken: list[Control] = []
+    def take_control(self) -> dict[Control, dict[str, Any]]:
+        """What was asked since the last call, with its content. Each request is returned once: its file is deleted.
+
+        A file that is no JSON object is a request without content if it is empty (as `touch` makes it), or else left
+        out with a warning.
+        """
+        taken: dict[Control, dict[str, Any]] = {}
         for name, control in CONTROL_FILES.items():
-            try:
-                (self.control / name).unlink()
-            except (FileNotFoundError, NotADirectoryError):
+            path = self.control / f".taken-{name}"
+            try:  # moved first, so that a request made while this one is read is not lost
+                (self.control / name).replace(path)
+            except OSError:  # there is none
                 continue
-            taken.append(control)
+            content = {} if control == "stop" else _content_of(path, name)  # a stop is a stop, whatever it says
+            path.unlink(missing_ok=True)
+            if content is not None:
+                taken[control] = content
         return taken
 
     # Use by one process at a time
@@ -299,6 +332,22 @@ def _state_from(values: Any) -> RunState:
     if state.status not in get_args(Status) or not isinstance(state.step, int) or not isinstance(state.pid, int):
         raise ValueError(f"status {state.status!r}, step {state.step!r}, pid {state.pid!r}")
     return state
+
+
+def _content_of(path: Path, name: str) -> dict[str, Any] | None:
+    """A control file's JSON object without the time it was written at; None if it holds something else."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_REQUEST_BYTES + 1)
+        if len(raw) > MAX_REQUEST_BYTES:
+            raise ValueError(f"it is longer than {MAX_REQUEST_BYTES} bytes")
+        content = json.loads(raw) if raw.strip() else {}
+        if not isinstance(content, dict):
+            raise ValueError("it holds no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        logger.warning("control/%s is passed over: %s", name, error)
+        return None
+    return {key: value for key, value in content.items() if key != "time"}
 
 
 def _owner(owner_file: Path) -> str:

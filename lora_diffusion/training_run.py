@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import psutil
 import torch
+from accelerate import Accelerator
 
 from lora_diffusion.config import TrainConfig
 from lora_diffusion.errors import RunError, UserError
 from lora_diffusion.files import write_text_atomically
 from lora_diffusion.generation.plots import loss_plot
+from lora_diffusion.jobs.device_lock import NoLongerWanted, device_lock, lock_from_environment
 from lora_diffusion.progress import bar, silent
 from lora_diffusion.recipe import build, make_accelerator
 from lora_diffusion.runs import Failure, RunFolder
 from lora_diffusion.training.export import write_model_card
+from lora_diffusion.training.signals import StopRequest
 from lora_diffusion.training.tracking import latest_per_step, read_metrics
 from lora_diffusion.training.trainer import Trainer
 
@@ -28,9 +31,10 @@ LOSS_PLOT = "loss.png"
 KIND_NAMES = {"lora": "LoRA", "dora": "DoRA", "loha": "LoHa", "lokr": "LoKr"}
 
 
-def run_training(config: TrainConfig, *, resume: bool) -> Path:
+def run_training(config: TrainConfig, *, resume: bool) -> Path | None:
     """Train `config` in its run folder and return the adapter file. Raises UserError or RunError.
 
+    None: it had to wait for the device, and was asked to stop before it got it.
     Of several processes only the main one locks, writes and speaks.
     """
     accelerator = make_accelerator(config)
@@ -44,14 +48,44 @@ def run_training(config: TrainConfig, *, resume: bool) -> Path:
         with _log_file(run.log) if is_main else nullcontext(), _recorded_end(run, resume) if is_main else nullcontext():
             if is_main:
                 _announce(config, run, previous, resume=resume, num_processes=accelerator.num_processes)
-            trainer = build(config, run, accelerator, resume=resume, track=bar if is_main else silent)
-            if is_main:  # only now: a resume that was refused leaves the run's settings and state as they were
-                write_text_atomically(run.config, config.to_toml())
-                run.begin(trainer.step, trainer.plan.steps)
-            adapter = trainer.fit()
-            if is_main:
-                _leave_behind(config, run, trainer, adapter)
+            try:
+                with _device(config, run, accelerator) if is_main else nullcontext():
+                    return _train(config, run, accelerator, resume=resume)
+            except NoLongerWanted:
+                run.end("stopped")
+                logger.info("Stopped while waiting for the device; nothing was trained.")
+                return None
+
+
+def _train(config: TrainConfig, run: RunFolder, accelerator: Accelerator, *, resume: bool) -> Path:
+    is_main = accelerator.is_main_process
+    trainer = build(config, run, accelerator, resume=resume, track=bar if is_main else silent)
+    if is_main:  # only now: a resume that was refused leaves the run's settings and state as they were
+        write_text_atomically(run.config, config.to_toml())
+        run.begin(trainer.step, trainer.plan.steps)
+    adapter = trainer.fit()
+    if is_main:
+        _leave_behind(config, run, trainer, adapter)
     return adapter
+
+
+@contextmanager
+def _device(config: TrainConfig, run: RunFolder, accelerator: Accelerator) -> Iterator[None]:
+    """Hold the device if whoever started this process wants that; a stop is obeyed while waiting for it."""
+    device = accelerator.device
+    path = lock_from_environment(f"cuda-{device.index or 0}" if device.type == "cuda" else device.type)
+    if path is None:
+        yield
+        return
+    stop = StopRequest()
+
+    def should_stop() -> bool:
+        return bool(stop) or "stop" in run.take_control()
+
+    with ExitStack() as held:
+        with stop.listen():
+            held.enter_context(device_lock(path, f"the training of {config.run.name}", should_stop))
+        yield
 
 
 def _announce(config: TrainConfig, run: RunFolder, previous: Path | None, *, resume: bool, num_processes: int) -> None:

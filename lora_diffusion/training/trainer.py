@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -210,13 +210,13 @@ class Trainer:
     def _obey_control_files(self) -> None:
         if not self.accelerator.is_main_process:
             return
-        for command in self.run.take_control():
+        for command, content in self.run.take_control().items():
             if command == "stop":
                 self.stop.reason = "control/stop"
             elif command == "save_now":
                 self._save()
             elif command == "sample_now":
-                self._draw_previews()
+                self._draw_previews(content)
 
     def _should_stop(self) -> bool:
         """True on every process as soon as one was asked to stop, so that all leave the loop at the same step."""
@@ -225,14 +225,21 @@ class Trainer:
         flag = torch.tensor(float(bool(self.stop)), device=self.accelerator.device)
         return float(self.accelerator.reduce(flag, "sum")) > 0  # pyright: ignore[reportArgumentType]
 
-    def _draw_previews(self) -> None:
+    def _draw_previews(self, asked: Mapping[str, Any] | None = None) -> None:
+        """The run's own prompts, or what `asked` says. A failed picture must not cost the training."""
         if not self.accelerator.is_main_process:
             return
         try:
-            self.previewer.draw(self.step)
-        # A failed picture must not cost the training.
+            if asked:
+                self.previewer.draw_asked(self.step, asked, self._on_preview_step)
+            else:
+                self.previewer.draw(self.step, self._on_preview_step)
         except (OSError, RuntimeError, ValueError, UserError, RunError) as error:
             logger.warning("step %d: the preview could not be drawn (%s); training goes on", self.step, error)
+
+    def _on_preview_step(self, done: int, total: int) -> None:
+        """Pictures can take minutes: whoever watches sees that the run is alive."""
+        self._beat()
 
     # Saving
 

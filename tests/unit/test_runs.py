@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lora_diffusion.runs import Failure, RunFolder, RunFolderError, RunState
+from lora_diffusion.runs import Failure, RunFolder, RunFolderError, RunState, is_process
 
 
 @pytest.fixture
@@ -107,11 +107,12 @@ def test_a_reused_pid_is_not_taken_for_the_run(run: RunFolder) -> None:
     assert state is not None and state.status == "died"
 
 
-def test_a_run_on_another_machine_is_taken_at_its_word() -> None:
-    state = RunState("running", pid=1, host="elsewhere")
+def test_a_run_on_another_machine_is_taken_at_its_word_while_it_gives_one() -> None:
+    state = RunState("running", pid=1, host="elsewhere", heartbeat=time.time() - 60)
 
     assert state.is_alive
     assert not replace(state, status="stopped").is_alive
+    assert not replace(state, heartbeat=time.time() - 3600).is_alive
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"status": "sleeping"}', '{"status": "running", "step": "x"}'])
@@ -132,8 +133,40 @@ def test_each_request_is_taken_once(run: RunFolder) -> None:
     run.ask("stop")
     (run.control / "unrelated").write_text("x")
 
-    assert run.take_control() == ["stop", "save_now"]
-    assert run.take_control() == []
+    assert run.take_control() == {"stop": {}, "save_now": {}}
+    assert run.take_control() == {}
+
+
+def test_a_request_comes_with_its_content(run: RunFolder) -> None:
+    run.path.mkdir(parents=True)
+    run.ask("sample_now", {"prompts": ["a cat"], "seed": 3})
+
+    assert run.take_control() == {"sample_now": {"prompts": ["a cat"], "seed": 3}}
+    assert list(run.control.iterdir()) == []
+
+
+def test_a_request_made_by_touch_is_one_and_a_malformed_one_is_passed_over(
+    run: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    run.control.mkdir(parents=True)
+    (run.control / "save_now").touch()
+    assert run.take_control() == {"save_now": {}}
+
+    for text in ("{", "[1]", '"x"', "\udcff", "[" * 100_000, '{"prompts": ' + '"x"' * 50_000):
+        (run.control / "sample_now.json").write_text(text, errors="surrogateescape")
+        (run.control / "stop").write_text(text, errors="surrogateescape")
+        assert run.take_control() == {"stop": {}}  # a stop is a stop, whatever it says
+    assert sum("sample_now.json is passed over" in record.message for record in caplog.records) == 6
+
+
+def test_a_process_that_its_parent_has_not_noticed_to_be_gone_does_not_run() -> None:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+        started = psutil.Process(process.pid).create_time()
+        assert is_process(process.pid, started)
+        process.kill()
+        while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        assert not is_process(process.pid, started)
 
 
 def test_a_request_left_by_an_earlier_start_does_not_stop_the_next_one(run: RunFolder) -> None:
@@ -142,7 +175,7 @@ def test_a_request_left_by_an_earlier_start_does_not_stop_the_next_one(run: RunF
     with run.lock():
         run.prepare(resume=True)
 
-        assert run.take_control() == []
+        assert run.take_control() == {}
 
 
 # Lock
@@ -250,7 +283,7 @@ def test_a_start_that_failed_before_its_first_result_is_repeated_in_place(run: R
         run.end("failed", Failure("DataError", "no such folder"))
     with run.lock():
         assert run.prepare() is None
-        assert run.take_control() == []
+        assert run.take_control() == {}
 
     assert [path.name for path in run.path.parent.iterdir()] == ["ink"]
 
