@@ -17,7 +17,8 @@ def ui(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
     root: Annotated[Path, typer.Option(help="The workspace: the folder with runs/ and data/ in it.")] = Path(),
     allow: Annotated[
-        list[Path] | None, typer.Option(metavar="DIR", help="Another folder that may be used, such as a disk; repeatable.")
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="Another folder that may be used, such as a disk; repeatable."),
     ] = None,
     auth: Annotated[str | None, typer.Option(metavar="USER:PASSWORD", help="Ask everyone to log in.")] = None,
     is_open: Annotated[bool, typer.Option("--open", help="Let everyone in who reaches the address.")] = False,

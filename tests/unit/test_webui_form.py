@@ -165,7 +165,8 @@ def test_what_is_no_toml_is_refused(text: str) -> None:
         "{",
         '{"values": []}',
         '{"values": {"run.name": 5}}',
-        '{"values": {"run.__class__": "x", "nothing.at.all": "x", "dataset.x.path": "x", "dataset.99999999.path": "x"}}',
+        '{"values": {"run.__class__": "x", "nothing.at.all": "x", "dataset.x.path": "x"}}',
+        '{"values": {"dataset.99999999.path": "x"}}',
         "[" * 100_000,
     ],
 )

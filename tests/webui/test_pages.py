@@ -9,10 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gradio
 import pytest
 from PIL import Image
-
-gradio = pytest.importorskip("gradio")
 
 from lora_diffusion.config import TrainConfig
 from lora_diffusion.jobs.queue import Queue
@@ -169,7 +168,7 @@ def test_runs_are_listed_with_what_they_were_trained_with(site: Site) -> None:
     site.queue.add('[run]\nname = "next"\nsteps = 9\n[model]\npath = "m/base"\n[[dataset]]\npath = "data/shapes"\n')
     rows = {row.id: row for row in Overview(site).rows()}
 
-    assert list(rows)[0] == "runs/next"
+    assert next(iter(rows)) == "runs/next"
     assert rows.keys() == {"runs/next", "runs/done", "runs/broken"}
     assert rows["runs/next"].base == "base"
     assert rows["runs/done"].best == (0.2, 50)
@@ -200,7 +199,8 @@ def test_the_check_tells_why_it_could_not_look(site: Site) -> None:
 
 @pytest.mark.slow
 def test_the_check_reports_on_a_run(tiny_sd1: Path, site: Site) -> None:
-    toml = f'[run]\nname = "x"\nsteps = 4\n[model]\npath = "{tiny_sd1}"\n[[dataset]]\npath = "data/shapes"\nresolution = 64\n'
+    toml = f'[run]\nname = "x"\nsteps = 4\n[model]\npath = "{tiny_sd1}"\n'
+    toml += '[[dataset]]\npath = "data/shapes"\nresolution = 64\n'
     result = check(site.workspace, toml)
 
     assert result.report is not None, result.error

@@ -9,19 +9,17 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from PIL import Image
-
-pytest.importorskip("gradio")
 from fastapi.testclient import TestClient
+from PIL import Image
 
 from lora_diffusion.errors import UserError
 from lora_diffusion.jobs.queue import Queue
 from lora_diffusion.workspace import Workspace
+from tests.webui.conftest import make_workspace
 from webui.guard import Limits
 from webui.launch import Options, login_of
 from webui.login import Login
 from webui.server import MAX_UPLOAD_BYTES, make_app
-from tests.webui.conftest import make_workspace
 from webui.services.site import make_site
 
 BASE = "http://127.0.0.1:7860"
