@@ -33,7 +33,7 @@ ADDRESSES = re.compile(
     r"|gradio_api/(?:info|config|theme\.css|app_id|upload|upload_progress|cancel|reset|startup-events|login_check)/?"
     r"|gradio_api/(?:heartbeat|queue|run|call|api)/.*|gradio_api/file=.*|gradio_api/component_server/?"
     r")"
-    r"|/(?:picture|static-ui)/.*|/healthz|/log(?:in|out)"
+    r"|/(?:picture|download|static-ui)/.*|/healthz|/log(?:in|out)"
 )
 """Gradio has more: proxies to other servers, editing the app from the browser, recordings. Nobody needs them here."""
 

@@ -17,13 +17,14 @@ os.environ["GRADIO_MCP_SERVER"] = "False"
 import anyio.to_thread
 import gradio as gr
 from fastapi import FastAPI, Request
-from fastapi.responses import PlainTextResponse, RedirectResponse, Response
+from fastapi.responses import FileResponse, PlainTextResponse, RedirectResponse, Response
 from gradio.themes import Base
 
 from lora_diffusion.errors import UserError
 from webui.app import build
 from webui.guard import App, Guard, Limits, Message, Receive, Send
 from webui.login import Login, add_login_routes
+from webui.services.downloads import find_download
 from webui.services.site import Site
 from webui.translate import LANGUAGES
 
@@ -61,6 +62,14 @@ def make_app(
         if request.headers.get("if-none-match") == tag:
             return Response(status_code=304, headers=headers)
         return Response(data, media_type="image/webp", headers=headers)
+
+    @app.get("/download/{id:path}")
+    def download(id: str) -> Response:
+        try:
+            path = find_download(site.places, id)
+        except (UserError, OSError):
+            return PlainTextResponse("There is no such file.", 404)
+        return FileResponse(path, filename=path.name, media_type="application/octet-stream")
 
     if login:
         add_login_routes(app, login, _head())

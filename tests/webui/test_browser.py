@@ -154,6 +154,18 @@ def test_a_config_is_pasted_and_downloaded(url: str, open_page: Open, tmp_path: 
     assert tomllib.loads((tmp_path / "saved.toml").read_text()) == tomllib.loads(text)
 
 
+def test_a_config_file_is_opened(url: str, open_page: Open) -> None:
+    page = open_page(url)
+    page.locator("#train-start").wait_for(timeout=WAIT_MS)
+    page.locator("#train-open button").first.click()
+    text = b'[run]\nname = "from-file"\nsteps = 7\nlerning = 1\n[model]\npath = "b"\n[[dataset]]\npath = "d"\n'
+    page.locator("#train-upload input[type=file]").set_input_files(
+        [{"name": "x.toml", "mimeType": "application/toml", "buffer": text}]
+    )
+    expect(page.locator('[data-field="run.name"]')).to_have_value("from-file", timeout=WAIT_MS)
+    expect(page.locator("#train-said")).to_contain_text("lerning")
+
+
 def test_folders_are_added_and_removed(url: str, open_page: Open) -> None:
     page = open_page(url)
     page.locator("#train-add-table").click(timeout=WAIT_MS)

@@ -118,6 +118,19 @@ def test_links_out_texts_and_private_files_are_no_pictures(client: TestClient, i
     assert CANARY not in answer.text
 
 
+def test_only_files_to_take_of_runs_are_downloaded(client: TestClient, workspace: Workspace, secret: Path) -> None:
+    (workspace.runs / "done" / "link.safetensors").symlink_to(secret / "secret.txt")
+    answer = client.get("/download/runs/done/done.safetensors")
+    assert answer.content == b"adapter"
+    assert answer.headers["content-disposition"] == 'attachment; filename="done.safetensors"'
+
+    own = ["state.json", "link.safetensors", "previews/000000-0.png", "checkpoints", "", "../../data/shapes/1.txt"]
+    for id in [*(f"runs/done/{name}" for name in own), "data/shapes/1.txt", *probes(secret, "secret.txt")]:
+        answer = client.get(f"/download/{id}")
+        assert answer.status_code in (400, 404), id
+        assert CANARY not in answer.text
+
+
 def test_static_files_are_three_by_name(client: TestClient, secret: Path) -> None:
     assert client.get("/static-ui/app.js").status_code == 200
     for probe in [*probes(secret, "secret.txt"), "../server.py", "..%2fserver.py", "app.js/../../server.py"]:

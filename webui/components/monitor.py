@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import PurePath
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 from markupsafe import Markup
 
@@ -200,12 +200,14 @@ def _is_error(line: str) -> bool:
     return any(word in line for word in ("Error", "error:", "Traceback", "not finite"))
 
 
-def render_files(t: Translator, adapters: Sequence[AdapterEntry], checkpoints: Sequence[int]) -> Markup:
+def render_files(t: Translator, run: str, adapters: Sequence[AdapterEntry], checkpoints: Sequence[int]) -> Markup:
+    """run: id of the run."""
     if not adapters and not checkpoints:
         return Markup("")
     rows = join(
         html(
-            "<tr><td>{name}{mark}</td><td>{size}</td></tr>",
+            '<tr><td><a href="/download/{url}" download>{name}</a>{mark}</td><td>{size}</td></tr>',
+            url=quote(f"{run}/{entry.path.name}"),
             name=entry.path.name,
             mark=html(' <span class="badge finished">{text}</span>', text=t("run.released"))
             if entry.is_released

@@ -127,11 +127,16 @@ def render_toml(t: Translator, toml: str, name: str) -> Markup:
     )
 
 
-def render_glances(t: Translator, glances: Sequence[Glance | None]) -> Markup:
-    """One template per data set; app.js puts them where the data sets are."""
+def render_glances(t: Translator, glances: Sequence[tuple[str, Glance | None]]) -> Markup:
+    """(folder as it was typed, what is in it) of each data set; app.js puts them where the data sets are."""
     return join(
-        html('<template data-glance="{index}">{content}</template>', index=index, content=_glance(t, look))
-        for index, look in enumerate(glances)
+        html(
+            '<template data-glance="{index}" data-path="{path}">{content}</template>',
+            index=index,
+            path=path,
+            content=_glance(t, look),
+        )
+        for index, (path, look) in enumerate(glances)
     )
 
 

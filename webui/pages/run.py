@@ -95,7 +95,7 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
                 render_head(t, job, site.run_id(job), time.time()),
                 _chart(t, follower, bool(scale), float(smooth)),
                 *_pictures(site, t, follower),
-                render_files(t, follower.run.adapters(), follower.run.checkpoints()),
+                render_files(t, site.run_id(job), follower.run.adapters(), follower.run.checkpoints()),
                 render_log(t, follower.read_log()),
             ]
 

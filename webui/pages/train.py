@@ -70,11 +70,11 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
 
     def describe(now: Fields) -> list[object]:
         text = toml_from_fields(now)
-        looks = [glance(site.places, now.get(f"dataset.{index}.path", "")) for index in range(num_tables(now))]
+        folders = [now.get(f"dataset.{index}.path", "") for index in range(num_tables(now))]
         return [
             str(render_problems(t, _problems(site, text))),
             str(render_toml(t, text, now.get("run.name", ""))),
-            str(render_glances(t, looks)),
+            str(render_glances(t, [(folder, glance(site.places, folder)) for folder in folders])),
         ]
 
     def open_page(draft: str, request: gr.Request) -> object:

@@ -19,7 +19,7 @@
   // ---- The form ----
 
   const touched = new Set();
-  let send = null, isWaiting = false, extra = {}, timer = 0;
+  let send = null, extra = {}, timer = 0;
 
   const tables = () => all("#train-tables > [data-table]");
   function nameOf(input) {
@@ -44,18 +44,15 @@
   function edited(delay) {
     clearTimeout(timer);
     timer = setTimeout(() => {
+      timer = 0;
       store(DRAFT, collect());
-      if (send) send("input"); else isWaiting = true;
+      send?.("input");
     }, delay);
     refreshForm();
   }
 
-  // Gradio hands over its trigger when it has mounted the form; what was typed before is sent then.
-  function form(trigger) {
-    send = trigger;
-    if (isWaiting) send("input");
-    isWaiting = false;
-  }
+  // Gradio hands over its trigger when it has mounted the form; what was typed before is read when the page has loaded.
+  function form(trigger) { send = trigger; }
 
   document.addEventListener("input", (event) => {
     const input = event.target;
@@ -130,7 +127,13 @@
 
   function placeGlances() {
     for (const template of all("#train-glances template")) {
-      const place = tables()[Number(template.dataset.glance)]?.querySelector("[data-glance]");
+      const table = tables()[Number(template.dataset.glance)];
+      if (!table) continue;
+      if (one('[data-field="path"]', table).value !== template.dataset.path) {
+        if (!timer) edited(EDIT_DELAY_MS);  // an answer to what stood there before came late
+        continue;
+      }
+      const place = one("[data-glance]", table);
       if (place && place.dataset.shown !== template.innerHTML) {
         place.dataset.shown = template.innerHTML;
         place.replaceChildren(template.content.cloneNode(true));
@@ -291,6 +294,17 @@
     seen = log;
   }
 
+  // ---- The tab says what is going on, also from behind another window ----
+
+  function nameTab() {
+    const active = one("#strip .active"), page = one(".page h1")?.textContent ?? one(".top [aria-current]")?.textContent ?? "";
+    const progress = active ? `${one("span", active).textContent.split(" ·")[0]} ${one("em", active).textContent} – ` : "";
+    const title = `${progress}${page} – lora_diffusion`;
+    if (document.title !== title) document.title = title;
+    const language = location.pathname.startsWith("/de") ? "de" : "en";
+    if (document.documentElement.lang !== language) document.documentElement.lang = language;
+  }
+
   // ---- After every change of the page ----
 
   let due = false;
@@ -300,6 +314,7 @@
     if (one("#train-fields")) { refreshForm(); markProblems(); placeGlances(); }
     refreshComparison();
     followLog();
+    nameTab();
   }
   new MutationObserver(() => {
     if (!due) { due = true; requestAnimationFrame(refresh); }
