@@ -193,7 +193,7 @@ def test_every_shipped_config_is_a_preset_and_there_is_one_without_them(tmp_path
 def test_a_preset_keeps_what_the_user_set_of_the_subject() -> None:
     mine = fields_from_toml(MINIMAL)[0] | {"adapter.rank": "3"}
     chosen = presets()["sdxl-style"].fields
-    merged = apply(chosen, mine, {"run.name", "adapter.rank"})
+    merged = apply(chosen, mine, mine | {"run.name": "", "adapter.rank": "16"})
 
     assert merged["run.name"] == "x"
     assert merged["adapter.rank"] == chosen["adapter.rank"]

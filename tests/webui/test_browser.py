@@ -94,13 +94,17 @@ def test_a_second_run_waits_and_can_be_moved_and_taken_out(url: str, open_page: 
     expect(row).to_contain_text("cancelled", timeout=WAIT_MS)
 
 
-def test_two_runs_are_compared(url: str, open_page: Open) -> None:
+def test_two_runs_are_compared(url: str, open_page: Open, queue: Queue) -> None:
     page = open_page(f"{url}/runs")
     page.locator('[data-tick="runs/done"]').check(timeout=WAIT_MS)
     page.locator('[data-tick="runs/broken"]').check()
 
     expect(page.locator("#runs-compared polyline")).to_have_count(2, timeout=WAIT_MS)
     expect(page.locator("#runs-compared .diff")).to_contain_text("preview.prompts")
+    queue.add('[run]\nname = "third"\nsteps = 5000\n[model]\npath = "base"\n[[dataset]]\npath = "data/shapes"\n')
+    page.locator('tr[data-id="runs/third"]').wait_for(timeout=WAIT_MS)
+    expect(page.locator('[data-tick="runs/third"]')).not_to_be_checked()
+    expect(page.locator('[data-tick="runs/done"]')).to_be_checked()
 
 
 def test_problems_are_shown_at_their_fields(url: str, open_page: Open) -> None:
@@ -185,6 +189,10 @@ def test_a_preset_keeps_the_subject_and_a_goal_sets_its_word(url: str, open_page
     expect(toml).to_contain_text("resolution = 1024", timeout=WAIT_MS)
     expect(toml).to_contain_text('name = "mine"')
     expect(toml).to_contain_text('path = "data/shapes"')
+    fill(page, "adapter.rank", "99")
+    page.locator("#train-preset-quickstart").click()
+    expect(page.locator('[data-field="adapter.rank"]')).to_have_value("16", timeout=WAIT_MS)
+    expect(page.locator('[data-field="run.name"]')).to_have_value("mine")
     page.locator("#train-word").fill("inkwash")
     page.locator("#train-goal-style").click()
     expect(toml).to_contain_text('caption_prefix = "in inkwash style, "', timeout=WAIT_MS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -37,7 +38,8 @@ def render_form(t: Translator, fields: Fields, choices: Choices, preset: str = "
         ("all", _all_step(t, fields)),
     ]
     return html(
-        '<div class="form" id="train-fields">{steps}{lists}</div>',
+        '<div class="form" id="train-fields" data-drawn="{drawn}">{steps}{lists}</div>',
+        drawn=secrets.token_hex(8),
         steps=join(_step(t, number, key, content) for number, (key, content) in enumerate(steps, 1)),
         lists=join(
             [_options("train-datasets", choices.datasets), _options("train-models", _models(choices))],

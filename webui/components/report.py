@@ -131,7 +131,7 @@ def render_glances(t: Translator, glances: Sequence[tuple[str, Glance | None]]) 
     """(folder as it was typed, what is in it) of each data set; app.js puts them where the data sets are."""
     return join(
         html(
-            '<template data-glance="{index}" data-path="{path}">{content}</template>',
+            '<div hidden data-index="{index}" data-path="{path}">{content}</div>',
             index=index,
             path=path,
             content=_glance(t, look),

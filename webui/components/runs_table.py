@@ -20,7 +20,7 @@ COPY = Markup(
 )
 
 
-def render_runs(t: Translator, rows: Sequence[RunRow], ticked: Sequence[str], now: float) -> Markup:
+def render_runs(t: Translator, rows: Sequence[RunRow], now: float) -> Markup:
     if not rows:
         return html(
             '<div class="card"><p class="empty"><strong>{a}</strong>{b}</p></div>',
@@ -37,7 +37,7 @@ def render_runs(t: Translator, rows: Sequence[RunRow], ticked: Sequence[str], no
         columns=join(
             html('<th class="{wide}">{title}</th>', title=t(f"runs.{column}"), wide=_wide(column)) for column in columns
         ),
-        rows=join(_row(t, row, row.id in ticked, num_waiting, now) for row in rows),
+        rows=join(_row(t, row, num_waiting, now) for row in rows),
     )
 
 
@@ -45,7 +45,7 @@ def _wide(column: str) -> str:
     return "" if column == "status" else "wide"
 
 
-def _row(t: Translator, row: RunRow, is_ticked: bool, num_waiting: int, now: float) -> Markup:
+def _row(t: Translator, row: RunRow, num_waiting: int, now: float) -> Markup:
     job = row.job
     share = min(job.step / job.steps, 1.0) if job.steps else 0.0
     bar = html('<i class="mini" style="--share:{share:.3f}"></i>', share=share) if job.status in ACTIVE else ""
@@ -56,7 +56,7 @@ def _row(t: Translator, row: RunRow, is_ticked: bool, num_waiting: int, now: flo
     )
     lasted = (job.ended or now) - job.started if job.started else None
     return html(
-        '<tr data-id="{id}"><td><input type="checkbox" data-tick="{id}" aria-label="{compare}" {checked}></td>'
+        '<tr data-id="{id}"><td><input type="checkbox" data-tick="{id}" aria-label="{compare}"></td>'
         '<td><div class="who">{picture}<div><a class="name" href="{href}">{name}</a><div class="small">{created}</div>'
         '</div></div></td><td>{badge}{bar}{position}</td><td class="wide">{dataset}</td>'
         '<td class="wide">{base}</td><td class="wide">{kind}<div class="small">{rank} · {lr}</div></td>'
@@ -64,7 +64,6 @@ def _row(t: Translator, row: RunRow, is_ticked: bool, num_waiting: int, now: flo
         '<td><div class="bar">{actions}</div></td></tr>',
         id=row.id,
         compare=t("runs.compare.tick", name=job.name),
-        checked=Markup("checked") if is_ticked else "",
         picture=picture,
         href=run_href(t, row.id),
         name=job.name,

@@ -23,9 +23,7 @@ element.addEventListener('click', (event) => {
     if (button) trigger('select', { act: button.dataset.act, id: button.dataset.id });
 });
 """
-TICKED = """() => JSON.stringify(
-    [...document.querySelectorAll('#runs-list [data-tick]:checked')].map((box) => box.dataset.tick)
-)"""
+TICKED = "() => window.loraDiffusion.ticked()"
 
 
 def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
@@ -52,7 +50,7 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
         chosen = _ids(ticked)
         rows = overview.rows()
         return [
-            render_runs(t, rows, chosen, time.time()),
+            render_runs(t, rows, time.time()),
             _comparison(site, t, overview, chosen) if len(rows) > 1 else Markup(""),
         ]
 

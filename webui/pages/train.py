@@ -94,7 +94,10 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
         now = now or default_fields()
         if given.get("preset") in shipped:
             chosen = shipped[given["preset"]]
-            return redraw(apply(chosen.fields, now, set(given.get("touched", "").split())), chosen.id)
+            return redraw(
+                apply(chosen.fields, now, shipped[given["from"]].fields if given.get("from") in shipped else {}),
+                chosen.id,
+            )
         return redraw(goals.apply(given.get("goal", ""), given.get("word", ""), now))
 
     def read(text: str, file: bytes | None) -> list[object]:

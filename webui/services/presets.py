@@ -59,9 +59,9 @@ def presets(folder: Path = CONFIGS) -> dict[str, Preset]:
     return found or {"style": _preset("style", PLAIN)}  # pyright: ignore[reportReturnType]
 
 
-def apply(preset: Fields, fields: Fields, touched: set[str]) -> Fields:
-    """The preset's settings with the subject that the user has already set."""
-    own = {name: text for name, text in fields.items() if name in touched and _OWN.fullmatch(name)}
+def apply(preset: Fields, fields: Fields, before: Fields) -> Fields:
+    """The preset's settings with the subject that the user has set. before: what the form was filled with earlier."""
+    own = {name: text for name, text in fields.items() if _OWN.fullmatch(name) and text != before.get(name, "")}
     return preset | own
 
 

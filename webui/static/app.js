@@ -18,8 +18,7 @@
 
   // ---- The form ----
 
-  const touched = new Set();
-  let send = null, extra = {}, timer = 0;
+  let send = null, drawn = "", extra = {}, timer = 0;
 
   const tables = () => all("#train-tables > [data-table]");
   function nameOf(input) {
@@ -36,7 +35,12 @@
   function collect() {
     const values = {};
     for (const input of inputs()) values[nameOf(input)] = valueOf(input);
-    const sent = JSON.stringify({ values, touched: [...touched].join(" "), word: one("#train-word")?.value ?? "", ...extra });
+    const sent = JSON.stringify({
+      values,
+      from: one('[data-do="preset"][aria-pressed="true"]')?.dataset.value ?? "",
+      word: one("#train-word")?.value ?? "",
+      ...extra,
+    });
     extra = {};
     return sent;
   }
@@ -59,7 +63,6 @@
     if (!input.closest?.("#train-fields")) return;
     if (input.id === "train-search" || input.id === "train-changed") return refreshForm();
     if (!input.dataset.field) return;
-    touched.add(nameOf(input));
     edited(input.tagName === "SELECT" || input.type === "checkbox" ? 0 : EDIT_DELAY_MS);
   });
 
@@ -68,10 +71,27 @@
     const area = one("textarea", event.target.parentElement);
     area.hidden = event.target.value !== "";
     area.value = event.target.value;
-    touched.add(nameOf(area));
     if (!area.hidden) area.focus();
     edited(0);
   });
+
+  // Gradio changes attributes of what stands there; what was typed into a field would stay in it.
+  function takeOver() {
+    const now = one("#train-fields").dataset.drawn;
+    if (drawn && drawn !== now) {
+      for (const input of inputs()) {
+        if (input.type === "checkbox") input.checked = input.defaultChecked;
+        else if (input.tagName === "SELECT") input.value = ([...input.options].find((option) => option.defaultSelected) ?? input.options[0]).value;
+        else input.value = input.defaultValue;
+      }
+      for (const chooser of all('[data-do="choose"]')) {
+        const area = one("textarea", chooser.parentElement);
+        chooser.value = [...chooser.options].some((option) => option.value === area.value) ? area.value : "";
+        area.hidden = chooser.value !== "";
+      }
+    }
+    drawn = now;
+  }
 
   function refreshForm() {
     const words = (one("#train-search")?.value ?? "").toLowerCase().split(/\s+/).filter(Boolean);
@@ -126,17 +146,17 @@
   }
 
   function placeGlances() {
-    for (const template of all("#train-glances template")) {
-      const table = tables()[Number(template.dataset.glance)];
+    for (const found of all("#train-glances [data-path]")) {
+      const table = tables()[Number(found.dataset.index)];
       if (!table) continue;
-      if (one('[data-field="path"]', table).value !== template.dataset.path) {
+      if (one('[data-field="path"]', table).value !== found.dataset.path) {
         if (!timer) edited(EDIT_DELAY_MS);  // an answer to what stood there before came late
         continue;
       }
       const place = one("[data-glance]", table);
-      if (place && place.dataset.shown !== template.innerHTML) {
-        place.dataset.shown = template.innerHTML;
-        place.replaceChildren(template.content.cloneNode(true));
+      if (place && place.dataset.shown !== found.innerHTML) {
+        place.dataset.shown = found.innerHTML;
+        place.replaceChildren(...found.cloneNode(true).childNodes);
       }
     }
   }
@@ -255,6 +275,14 @@
     refreshComparison();
   });
 
+  // ---- Runs that are ticked: by what they are, not by where they stand in the table ----
+
+  const ticked = new Set();
+  document.addEventListener("change", (event) => {
+    const id = event.target.dataset?.tick;
+    if (id && event.target.checked) ticked.add(id); else if (id) ticked.delete(id);
+  }, true);
+
   // ---- Charts: the values under the pointer ----
 
   document.addEventListener("pointermove", (event) => {
@@ -265,7 +293,7 @@
     const [low, high] = plot.dataset.range.split(" ").map(Number);
     const step = low + share * (high - low), cursor = one(".cursor", plot), lines = [];
     let nearest = step;
-    plot.lines ??= JSON.parse(plot.dataset.lines);
+    if (plot.source !== plot.dataset.lines) plot.lines = JSON.parse(plot.source = plot.dataset.lines);
     for (const line of plot.lines) {
       let best = null;
       for (const point of line.points) if (!best || Math.abs(point[0] - step) < Math.abs(best[0] - step)) best = point;
@@ -311,7 +339,8 @@
   function refresh() {
     due = false;
     applyTheme();
-    if (one("#train-fields")) { refreshForm(); markProblems(); placeGlances(); }
+    for (const box of all("[data-tick]")) box.checked = ticked.has(box.dataset.tick);
+    if (one("#train-fields")) { takeOver(); refreshForm(); markProblems(); placeGlances(); }
     refreshComparison();
     followLog();
     nameTab();
@@ -323,6 +352,7 @@
   window.loraDiffusion = {
     collect,
     form,
+    ticked: () => JSON.stringify([...ticked]),
     draft: () => (new URLSearchParams(location.search).has("copy") ? "" : stored(DRAFT) ?? ""),
   };
 })();
