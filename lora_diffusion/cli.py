@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lora_diffusion import cli_serve as cli_serve  # its commands join the application
 from lora_diffusion.cli_base import DebugOption, app, errors_as_messages
 from lora_diffusion.progress import bar, silent
 

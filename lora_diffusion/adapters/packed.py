@@ -27,7 +27,9 @@ class Packed:
     num_images: int
     down: Tensor
     up: Tensor
-    _cast: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _cast: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = field(
+        default_factory=dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]]
+    )
 
     def change(self, x: Tensor) -> Tensor:
         """What the adapters add to the layer's output. x: (k · images, …), all images, then all images again."""

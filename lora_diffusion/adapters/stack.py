@@ -39,9 +39,8 @@ class StackWeights:
         self.names = tuple(names)
         self.values = values
         # Read once here: a stack's forward must not wait for the device.
-        self.mixes = tuple(
-            {name: value for name, value in zip(names, row, strict=True) if value != 0} for row in values.tolist()
-        )
+        rows: list[list[float]] = values.tolist()  # pyright: ignore[reportUnknownMemberType]
+        self.mixes = tuple({name: value for name, value in zip(names, row, strict=True) if value != 0} for row in rows)
 
     def clear(self) -> None:
         """From now on every stack is its base layer."""
@@ -129,12 +128,14 @@ class AdapterStack(nn.Module):
         for name in names:
             strengths = [mix.get(name, 0.0) for mix in self.weights.mixes] * passes
             rows = [row for row, strength in enumerate(strengths) if strength != 0]
-            is_whole = len(rows) == len(strengths)
-            chosen = slice(None) if is_whole else torch.tensor(rows, device=x.device)
             strength = x.new_tensor([strengths[row] for row in rows], dtype=torch.float32)
-            change = self._adapters[name].change(x[chosen], strength.reshape(-1, *(1,) * (x.ndim - 1)))
-            change = change.to(output.dtype)
-            output = output + change if is_whole else output.index_add(0, chosen, change)
+            strength = strength.reshape(-1, *(1,) * (x.ndim - 1))
+            if len(rows) == len(x):
+                output = output + self._adapters[name].change(x, strength).to(output.dtype)
+            else:
+                chosen = torch.tensor(rows, device=x.device)
+                change = self._adapters[name].change(x[chosen], strength)
+                output = output.index_add(0, chosen, change.to(output.dtype))
         return output
 
 
