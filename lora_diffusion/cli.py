@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lora_diffusion import cli_serve as cli_serve  # its commands join the application
+import lora_diffusion.cli_files
+import lora_diffusion.cli_merge
+import lora_diffusion.cli_serve  # noqa: F401  # their commands
 from lora_diffusion.cli_base import DebugOption, app, errors_as_messages
 from lora_diffusion.progress import bar, silent
 

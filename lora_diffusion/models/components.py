@@ -58,14 +58,17 @@ def read_folder(folder: Path, family: str, dtypes: Dtypes) -> Components:
 
 
 def empty_module(part: str, config: Mapping[str, Any]) -> nn.Module:
-    """The module that `config` describes, its weights still to come."""
-    with init_empty_weights():
-        if part == "unet":
-            return cast(UNet2DConditionModel, UNet2DConditionModel.from_config(dict(config)))
-        if part == "vae":
-            return cast(AutoencoderKL, AutoencoderKL.from_config(dict(config)))
-        clip_config = CLIPTextConfig.from_dict(dict(config))
-        return CLIPTextModelWithProjection(clip_config) if part == "text_encoder_2" else CLIPTextModel(clip_config)
+    """The module that `config` describes, its weights still to come. Raises ModelError if it describes none."""
+    try:
+        with init_empty_weights():
+            if part == "unet":
+                return cast(UNet2DConditionModel, UNet2DConditionModel.from_config(dict(config)))
+            if part == "vae":
+                return cast(AutoencoderKL, AutoencoderKL.from_config(dict(config)))
+            clip_config = CLIPTextConfig.from_dict(dict(config))
+            return CLIPTextModelWithProjection(clip_config) if part == "text_encoder_2" else CLIPTextModel(clip_config)
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        raise ModelError(f"{part}/config.json: no {part} can be made of it ({error}). Get the file again.") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

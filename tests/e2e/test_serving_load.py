@@ -46,7 +46,7 @@ class Served:
 def served(tiny_sd1: Path, tmp_path: Path) -> Iterator[Served]:
     model = load_model(tiny_sd1)
     for seed in range(NUM_ADAPTERS):
-        file = random_adapter(model, seed=seed, targets="full" if seed % 2 else "attention", rank=2 + seed)
+        file = random_adapter(model, seed=seed, targets="full" if seed % 2 else "attention", rank=2 + seed, size=4.0)
         file.write(tmp_path / f"adapter-{seed}.safetensors", dtype=torch.float32)
     engine = Engine(model)
     batches: list[int] = []

@@ -276,6 +276,12 @@ def test_a_pickled_checkpoint_is_refused_with_a_command_that_converts_it(tmp_pat
     assert torch.equal(load_file(path.with_suffix(".safetensors"))["a.weight"], torch.arange(6.0).reshape(2, 3).T)
 
 
+def test_a_config_that_describes_no_model_is_named(folder: Path) -> None:
+    change_json(folder / "unet" / "config.json", addition_embed_type="text_time", cross_attention_dim=2048)
+    with pytest.raises(ModelError, match=r"unet/config.json: no unet can be made of it"):
+        load_model(folder)
+
+
 def test_an_adapter_is_no_base(tmp_path: Path) -> None:
     path = tmp_path / "lora.safetensors"
     save_file({"lora_unet_mid_block_attentions_0_proj_in.alpha": torch.tensor(1.0)}, path)
