@@ -57,7 +57,7 @@ def served(tiny_sd1: Path, tmp_path: Path) -> Iterator[Served]:
 
 
 def request_of(adapter: int, seed: int) -> Request:
-    return Request("a cat", seed=seed, steps=1, cfg=1.0, size=(32, 32), adapters={f"adapter-{adapter}": 1.0})
+    return Request("a cat", seed=seed, steps=2, cfg=1.0, size=(32, 32), adapters={f"adapter-{adapter}": 1.0})
 
 
 def hash_of(model: DiffusionModel) -> str:
