@@ -29,8 +29,8 @@ NUM_CLIENTS = 16
 NUM_ADAPTERS = 8
 NUM_SEEDS = 4
 NUM_REQUESTS = 1000
-ROUNDING = 1
-"""Matrix products of another batch size may round differently: at most one level of 255."""
+ROUNDING = 2
+"""Levels of 255 by which another batch size may round differently, also with the same adapter for all."""
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Served:
 def served(tiny_sd1: Path, tmp_path: Path) -> Iterator[Served]:
     model = load_model(tiny_sd1)
     for seed in range(NUM_ADAPTERS):
-        file = random_adapter(model, seed=seed, targets="full" if seed % 2 else "attention", rank=2 + seed, size=4.0)
+        file = random_adapter(model, seed=seed, targets="full" if seed % 2 else "attention", rank=2 + seed, size=1.0)
         file.write(tmp_path / f"adapter-{seed}.safetensors", dtype=torch.float32)
     engine = Engine(model)
     batches: list[int] = []
@@ -77,7 +77,7 @@ def test_a_thousand_pictures_for_sixteen_clients_are_each_the_one_drawn_alone(se
             alone[adapter, seed] = np.asarray(served.engine.generate([request_of(adapter, seed)])[0]).astype(int)
     keys = list(alone)
     apart = min(np.abs(alone[a] - alone[b]).max() for i, a in enumerate(keys) for b in keys[:i])
-    assert apart > 2 * ROUNDING, "or a mix-up would not show"
+    assert apart > 20 * ROUNDING, "or a mix-up would not show"
     served.batches.clear()
     worker = Worker(served.engine, served.library, served.book, DeviceLock(None), "tiny")
 
