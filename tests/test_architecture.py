@@ -57,7 +57,7 @@ NEVER_TORCH = [
         "cli",
         "cli_base",
     ),
-    *("data.captions", "data.buckets", "formats.metadata"),
+    *("data.captions", "data.buckets", "data.images", "data.folder", "data.duplicates", "formats.metadata"),
 ]
 
 
