@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 ON_TOP = {
     *("launch", "recipe", "recipe_adapters", "recipe_data", "training_run", "check"),
-    *("cli", "cli_base", "cli_files", "cli_merge", "cli_serve", "cli_queue"),
+    *("cli", "cli_base", "cli_files", "cli_merge", "cli_serve", "cli_queue", "__main__"),
 }
 NEVER_TORCH = [
     *(
@@ -56,7 +56,9 @@ NEVER_TORCH = [
         "workspace",
         "cli",
         "cli_base",
+        "cli_queue",
     ),
+    *("jobs.queue", "jobs.runner", "jobs.follow", "jobs.device_lock"),
     *("data.captions", "data.buckets", "data.images", "data.folder", "data.duplicates", "formats.metadata"),
 ]
 

@@ -103,6 +103,10 @@ def parse_command(arguments: str) -> dict[str, Any]:
     name, *rest = shlex.split(arguments, comments=True)
     command = getattr(group, "commands", {}).get(name)
     assert command is not None, f"there is no command {name!r}"
+    if commands := getattr(command, "commands", {}):
+        name, *rest = rest
+        command = commands.get(name)
+        assert command is not None, f"there is no such command {name!r}"
     return command.make_context(name, rest).params
 
 

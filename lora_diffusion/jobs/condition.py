@@ -63,7 +63,7 @@ def condition_of_run(run: RunFolder) -> Condition:
     if state.is_alive:
         return Condition("running" if state.seconds_per_step else "starting", state)
     if state.status == "died":
-        return Condition("interrupted", state, _interruption(run, state, None))
+        return Condition("interrupted", state, _interruption(run, state))
     return Condition(state.status if state.status != "running" else "interrupted", state, state.error)
 
 
@@ -95,16 +95,21 @@ def _untold(entry: Entry, state: RunState | None, run: RunFolder, output: Path, 
     message = _printed_error(printed)
     if not was_begun and number is None and message:
         return Condition("failed", state, Failure("StartFailed", message))
-    return Condition("interrupted", state, _interruption(run, state if was_begun else None, number))
+    was_forced = entry.forced is not None and entry.wanted != "run"
+    return Condition("interrupted", state, _interruption(run, state if was_begun else None, number, was_forced))
 
 
-def _interruption(run: RunFolder, state: RunState | None, number: int | None) -> Failure:
+def _interruption(
+    run: RunFolder, state: RunState | None, number: int | None = None, was_forced: bool = False
+) -> Failure:
     when = f"at step {state.step} of {state.steps}" if state else "before it began"
     how = "ended without saying why: it was killed, or the machine stopped,"
-    if number is not None:
+    if was_forced:
+        how = "did not stop when it was asked to, and was ended by force"
+    elif number is not None:
         how = f"was ended by signal {number} ({_signal_name(number)})"
     hint = "Resume continues from the newest checkpoint." if run.has_checkpoint else "Resume starts it anew."
-    if number == getattr(signal, "SIGKILL", None):
+    if number == getattr(signal, "SIGKILL", None) and not was_forced:
         hint += " A signal 9 that nobody sent is usually the system running out of memory."
     lines = last_bytes(run.log, 2000).decode("utf-8", "replace").strip().splitlines()
     if state and lines:

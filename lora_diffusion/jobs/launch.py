@@ -38,5 +38,6 @@ def ensure_runner(workspace: Workspace) -> None:
             pass
     except filelock.Timeout:
         return
-    command = [sys.executable, "-m", "lora_diffusion.jobs.runner", "--root", str(workspace.root)]
-    reap_when_done(start_detached(command, cwd=workspace.root, log=runner_log(workspace), variables={}))
+    root = workspace.root.resolve()
+    command = [sys.executable, "-m", "lora_diffusion.jobs.runner", "--root", str(root)]
+    reap_when_done(start_detached(command, cwd=root, log=runner_log(workspace), variables={}))

@@ -27,9 +27,9 @@ def start_detached(
     """
     paths = [str(_PACKAGE_PARENT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     environment = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(path for path in paths if path)), "PYTHONSAFEPATH": "1"}
-    windows = {}
+    flags = 0
     if sys.platform == "win32":
-        windows = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW}
+        flags = subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
         return subprocess.Popen(
@@ -40,7 +40,7 @@ def start_detached(
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            **windows,
+            creationflags=flags,
         )
 
 

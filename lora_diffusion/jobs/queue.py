@@ -57,8 +57,8 @@ class Queue:
 
     def __init__(self, workspace: Workspace, start_runner: Callable[[Workspace], None] = ensure_runner) -> None:
         """start_runner: called when there is something to do for the process that works through the queue."""
-        self.workspace = workspace
-        self._store = Store(workspace.queue)
+        self.workspace = Workspace(workspace.root.resolve())
+        self._store = Store(self.workspace.queue)
         self._start_runner = start_runner
 
     # Looking
@@ -219,13 +219,15 @@ class Queue:
         )
 
     def _foreign_jobs(self, entries: list[Entry]) -> list[Job]:
-        known = {self.workspace.root / entry.run: entry.forgotten for entry in entries}
+        owned = {self.workspace.root / entry.run for entry in entries if entry.forgotten is None}
+        forgotten = {self.workspace.root / entry.run: entry.forgotten for entry in entries if entry.forgotten}
         jobs: list[Job] = []
         for folder in self.workspace.run_folders():
+            if folder in owned:
+                continue
             condition = condition_of_run(RunFolder(folder))
             state = condition.state
-            forgotten = known.get(folder, 0.0)
-            if forgotten is None or (state and state.heartbeat < forgotten):
+            if state and state.heartbeat < forgotten.get(folder, 0.0):
                 continue
             jobs.append(_foreign_job(folder, condition, state))
         return jobs
@@ -247,7 +249,7 @@ class Queue:
         return self.job(self._store.add(config.run.name, config.run.steps or 0, prepare, waiting=False))
 
     def _make_run_folder(self, wanted: Path, taken: Container[str]) -> str:
-        """Makes the first of `wanted`, `wanted-2`, … that nothing is in and no job has; returns it as configs say it."""
+        """Makes the first of `wanted`, `wanted-2`, … that is empty and no job's; returns it as configs say it."""
         number = 1
         while True:
             path = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")

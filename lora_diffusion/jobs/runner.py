@@ -37,7 +37,6 @@ from lora_diffusion.workspace import Workspace
 logger = logging.getLogger(__name__)
 
 _LOCK_TIMEOUT_S = 5.0  # whoever asks whether a runner lives holds the lock for a moment
-_KILL_AFTER_S = 10.0
 _MAX_LOG_BYTES = 1_000_000
 
 
@@ -46,7 +45,8 @@ class Runner:
     """Works through the queue of one workspace.
 
     grace_s: how long a training may show no sign of life after it was asked to stop, before it is interrupted as by
-    Ctrl-C; steps slower than a twentieth of that have more. end_after_s: the same after that, before it is ended.
+    Ctrl-C; steps slower than a twentieth of that have more. end_after_s: the same after that, before it is told to
+    end. kill_after_s: the same after that, before it is killed.
     """
 
     workspace: Workspace
@@ -55,6 +55,7 @@ class Runner:
     poll_s: float = 0.5
     grace_s: float = 120.0
     end_after_s: float = 60.0
+    kill_after_s: float = 10.0
     _children: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict[int, "subprocess.Popen[bytes]"])
 
     def run(self) -> None:
@@ -77,10 +78,12 @@ class Runner:
         for entry in self._store.entries():
             if entry.launched is None or entry.ended is not None:
                 continue
-            if entry.launcher_pid is None and not self._recover(entry):
+            if entry.launcher_pid is None:
+                self._recover(entry)
+                is_busy = True
                 continue
             state = self._state(entry)
-            if is_launcher_alive(entry) or (state is not None and state.is_alive):
+            if self._is_active(entry, state):
                 is_busy = True
                 self._insist(entry, state)
             else:
@@ -142,18 +145,22 @@ class Runner:
         self._store.change(entry.id, launcher_pid=process.pid, launcher_start=start_time(process.pid))
         return True
 
-    def _recover(self, entry: Entry) -> bool:
-        """A runner took this job and was killed before it wrote down what it had started. False: nothing, it seems."""
+    def _is_active(self, entry: Entry, state: RunState | None) -> bool:
+        if is_launcher_alive(entry) or (state is not None and state.is_alive):
+            return True
+        # The launcher may have been killed alone, before the training process had written down that it lives.
+        return bool(processes_with(self._token(entry)))
+
+    def _recover(self, entry: Entry) -> None:
+        """A runner took this job and was killed before it wrote down what it had started: find that, or start again."""
         found = processes_with(self._token(entry))
+        state = self._state(entry)
         if found:
             self._store.change(entry.id, launcher_pid=found[0].pid, launcher_start=start_time(found[0].pid))
-            return True
-        state = self._state(entry)
-        if state is not None and (state.is_alive or state.heartbeat >= (entry.launched or 0)):
+        elif state is not None and (state.is_alive or state.heartbeat >= (entry.launched or 0)):
             self._store.change(entry.id, launcher_pid=0)  # it did begin
-            return True
-        self._store.change(entry.id, ended=time.time(), waiting=int(entry.wanted == "run"))
-        return False
+        else:
+            self._store.change(entry.id, ended=time.time(), waiting=int(entry.wanted == "run"))
 
     def _token(self, entry: Entry) -> str:
         return f"{self.workspace.private.resolve()}#{entry.id}#{entry.attempt}"
@@ -178,7 +185,7 @@ class Runner:
                 logger.warning("job %d does not stop; interrupting it", entry.id)
                 self._store.change(entry.id, forced=time.time())
                 interrupt(processes_with(self._token(entry)))
-        elif silence > max(self.end_after_s, slow) + _KILL_AFTER_S:
+        elif silence > max(self.end_after_s, slow) + self.kill_after_s:
             kill(processes_with(self._token(entry)))
         elif silence > max(self.end_after_s, slow):
             logger.warning("job %d does not stop; ending it", entry.id)

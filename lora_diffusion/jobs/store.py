@@ -97,6 +97,8 @@ class Store:
 
     def entries(self) -> list[Entry]:
         """All of them, also the forgotten; those that wait in their order, and before them the others by age."""
+        if not self.path.exists():
+            return []
         with self._transaction(write=False) as db:
             rows = db.execute(f"SELECT {_COLUMNS} FROM jobs ORDER BY waiting, CASE waiting WHEN 1 THEN place END, id")
             return [Entry(*row) for row in rows]

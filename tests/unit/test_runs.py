@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lora_diffusion.runs import Failure, RunFolder, RunFolderError, RunState
+from lora_diffusion.runs import Failure, RunFolder, RunFolderError, RunState, is_process
 
 
 @pytest.fixture
@@ -134,6 +134,38 @@ def test_each_request_is_taken_once(run: RunFolder) -> None:
 
     assert run.take_control() == {"stop": {}, "save_now": {}}
     assert run.take_control() == {}
+
+
+def test_a_request_comes_with_its_content(run: RunFolder) -> None:
+    run.path.mkdir(parents=True)
+    run.ask("sample_now", {"prompts": ["a cat"], "seed": 3})
+
+    assert run.take_control() == {"sample_now": {"prompts": ["a cat"], "seed": 3}}
+    assert list(run.control.iterdir()) == []
+
+
+def test_a_request_made_by_touch_is_one_and_a_malformed_one_is_passed_over(
+    run: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    run.control.mkdir(parents=True)
+    (run.control / "save_now").touch()
+    assert run.take_control() == {"save_now": {}}
+
+    for text in ("{", "[1]", '"x"', "\udcff", "[" * 100_000, '{"prompts": ' + '"x"' * 50_000):
+        (run.control / "sample_now.json").write_text(text, errors="surrogateescape")
+        (run.control / "stop").write_text(text, errors="surrogateescape")
+        assert run.take_control() == {"stop": {}}  # a stop is a stop, whatever it says
+    assert sum("sample_now.json is passed over" in record.message for record in caplog.records) == 6
+
+
+def test_a_process_that_its_parent_has_not_noticed_to_be_gone_does_not_run() -> None:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+        started = psutil.Process(process.pid).create_time()
+        assert is_process(process.pid, started)
+        process.kill()
+        while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        assert not is_process(process.pid, started)
 
 
 def test_a_request_left_by_an_earlier_start_does_not_stop_the_next_one(run: RunFolder) -> None:

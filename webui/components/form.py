@@ -47,7 +47,9 @@ def render_form(t: Translator, fields: Fields, choices: Choices, preset: str = "
 
 def _models(choices: Choices) -> list[str]:
     shipped = (preset.fields["model.path"] for preset in choices.presets.values())
-    return list(dict.fromkeys([*choices.models, *(path for path in shipped if not path.startswith(("models/", "samples/")))]))
+    return list(
+        dict.fromkeys([*choices.models, *(path for path in shipped if not path.startswith(("models/", "samples/")))])
+    )
 
 
 def _step(t: Translator, number: int, key: str, content: Markup) -> Markup:

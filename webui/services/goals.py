@@ -13,7 +13,11 @@ _SETTINGS: dict[str, Fields] = {
 }
 _PREFIX = {"style": "in {word} style, ", "character": "a photo of {word}, ", "object": "a photo of {word}, "}
 _PROMPTS = {
-    "style": ("in {word} style, a lighthouse on a cliff", "in {word} style, a portrait of a woman", "a lighthouse on a cliff"),
+    "style": (
+        "in {word} style, a lighthouse on a cliff",
+        "in {word} style, a portrait of a woman",
+        "a lighthouse on a cliff",
+    ),
     "character": ("a photo of {word}, on a beach", "a photo of {word}, in the snow", "a photo of a person, on a beach"),
     "object": ("a photo of {word}, on a table", "a photo of {word}, in the grass", "a photo of a table"),
 }

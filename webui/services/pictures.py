@@ -23,7 +23,7 @@ MAX_PIXELS = 100_000_000
 MAX_FILE_BYTES = 200_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 
-_PREVIEW = re.compile(r"(?:.+/)?previews/\d{6}-\d{1,4}\.png")
+_PREVIEW = re.compile(r"(?:.+/)?previews/(?:now-)?\d{6,8}-\d{1,4}\.png")
 
 
 class PictureError(UserError):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_diffusion.errors import UserError
 from lora_diffusion.jobs.queue import Job, Queue
 from lora_diffusion.workspace import Workspace
+from webui.services.follow import Followers
 from webui.services.pictures import Pictures
 from webui.services.places import Places
 
@@ -19,6 +20,7 @@ class Site:
     places: Places
     queue: Queue
     pictures: Pictures
+    followers: Followers = field(default_factory=Followers)
 
     @property
     def workspace(self) -> Workspace:

@@ -1,0 +1,84 @@
+"""The queue with the real training process and a runner of its own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lora_diffusion.jobs.condition import ACTIVE
+from lora_diffusion.jobs.device_lock import device_lock
+from lora_diffusion.jobs.launch import ensure_runner
+from lora_diffusion.jobs.queue import Job, Queue
+from lora_diffusion.runs import RunFolder
+from lora_diffusion.workspace import Workspace
+from tests.queues import kill_all, wait_for
+from tests.training_runs import draw_pictures, tensor_hash, write_config
+
+STEPS = 150
+
+
+@pytest.fixture
+def queue(tmp_path: Path) -> Iterator[Queue]:
+    queue = Queue(Workspace(tmp_path))
+    yield queue
+    for child in psutil.Process().children():
+        if "lora_diffusion.jobs.runner" in child.cmdline() and str(tmp_path) in child.cmdline():
+            child.kill()
+    kill_all(tmp_path)
+
+
+def toml(base: Path, root: Path) -> str:
+    config = write_config(root / "run.toml", base, draw_pictures(root / "pictures"), run={"steps": STEPS, "output": ""})
+    return config.read_text().replace('output = ""\n', "")
+
+
+def wait_until(queue: Queue, id: int, *statuses: str, step: int = 0) -> Job:
+    def is_so() -> bool:
+        job = queue.job(id)
+        assert job.status in (*statuses, "queued", *ACTIVE), job.error
+        return job.status in statuses and job.step >= step
+
+    wait_for(is_so, 120)
+    return queue.job(id)
+
+
+def test_a_run_that_was_paused_gives_the_adapter_of_one_that_was_not(
+    tiny_sd1: Path, tmp_path: Path, queue: Queue
+) -> None:
+    paused = queue.add(toml(tiny_sd1, tmp_path), name="paused").id
+    wait_until(queue, paused, "running", step=5)
+    whole = queue.add(toml(tiny_sd1, tmp_path), name="whole").id
+    queue.pause(paused)
+    assert 5 <= wait_until(queue, paused, "paused").step < STEPS
+    wait_until(queue, whole, "starting", "running")
+    queue.resume(paused)
+    jobs = [wait_until(queue, id, "finished") for id in (whole, paused)]
+
+    assert [job.step for job in jobs] == [STEPS, STEPS]
+    hashes = {tensor_hash(RunFolder(job.run).adapter(job.name)) for job in jobs}
+    assert len(hashes) == 1
+    assert "resuming at step" in RunFolder(jobs[1].run).log.read_text()
+
+
+def test_a_run_waits_for_the_device_and_can_be_stopped_while_it_does(
+    tiny_sd1: Path, tmp_path: Path, queue: Queue
+) -> None:
+    with device_lock(queue.workspace.lock("cpu"), "a test"):
+        job = queue.add(toml(tiny_sd1, tmp_path))
+        log = RunFolder(job.run).log
+        wait_for(lambda: log.exists() and "waiting for the device (used by a test" in log.read_text(), 60)
+        assert queue.job(job.id).status == "starting"
+        queue.stop(job.id)
+        assert wait_until(queue, job.id, "stopped").step == 0
+    queue.retry(job.id)
+    ensure_runner(queue.workspace)  # once more changes nothing
+    wait_until(queue, job.id, "running")
+    started = time.monotonic()
+    queue.stop(job.id)
+    wait_until(queue, job.id, "stopped")
+
+    assert time.monotonic() - started < 60

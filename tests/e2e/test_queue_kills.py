@@ -1,0 +1,84 @@
+"""Whatever is killed whenever: no run is lost, no status is stuck, no zombie stays, the database is whole."""
+
+from __future__ import annotations
+
+import random
+import sqlite3
+import subprocess
+import time
+from contextlib import closing
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lora_diffusion.jobs.condition import ACTIVE
+from lora_diffusion.jobs.queue import Queue
+from lora_diffusion.runs import RunFolder
+from lora_diffusion.workspace import Workspace
+from tests.queues import kill_all, start_runner, toml, trainers, wait_for
+
+NUM_KILLS = 50
+NUM_JOBS = 6
+STEPS = 60
+
+
+def _resume_what_was_interrupted(queue: Queue) -> None:
+    for job in queue.jobs():
+        if job.status == "interrupted":
+            assert job.error is not None and job.error.message
+            queue.resume(job.id)
+
+
+def _zombies() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children(recursive=True) if child.status() == psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.slow
+def test_runner_and_trainer_can_be_killed_at_any_moment(tmp_path: Path) -> None:
+    # Which moments are hit differs from machine to machine; who is killed, and about when, does not.
+    chance = random.Random(5)
+    queue = Queue(Workspace(tmp_path), start_runner=lambda _: None)
+    for _ in range(NUM_JOBS):
+        queue.add(toml(steps=STEPS))
+    runner: subprocess.Popen[bytes] | None = None
+    killed = {"runner": 0, "trainer": 0, "both": 0}
+    try:
+        for _ in range(NUM_KILLS):
+            if all(job.status == "finished" for job in queue.jobs()):
+                queue.add(toml(steps=STEPS))
+            if runner is None:
+                runner = start_runner(tmp_path)
+            time.sleep(chance.uniform(0.0, 0.9))
+            who = chance.choice(list(killed))
+            if who != "trainer":
+                runner.kill()
+                runner.wait()
+                runner = None
+            if who != "runner":
+                kill_all(tmp_path)
+            killed[who] += 1
+            if who == "both":
+                wait_for(lambda: not any(job.status in ACTIVE for job in queue.jobs()), 5)
+            _resume_what_was_interrupted(queue)
+        runner = runner or start_runner(tmp_path)
+
+        def is_done() -> bool:
+            _resume_what_was_interrupted(queue)
+            return all(job.status == "finished" for job in queue.jobs())
+
+        wait_for(is_done, 60)
+        wait_for(lambda: not trainers(tmp_path) and not _zombies(), 5)  # the runner looks twenty times a second
+    finally:
+        if runner is not None:
+            runner.kill()
+            runner.wait()
+        kill_all(tmp_path)
+
+    assert sum(killed.values()) == NUM_KILLS and min(killed.values()) > 5
+    jobs = queue.jobs()
+    assert len(jobs) >= NUM_JOBS
+    assert {(job.status, job.step) for job in jobs} == {("finished", STEPS)}
+    assert all(RunFolder(job.run).adapter("ink").read_bytes() == b"weights" for job in jobs)
+    with closing(sqlite3.connect(queue.workspace.queue)) as db:
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
