@@ -27,7 +27,7 @@ from webui.services.site import Site
 from webui.translate import LANGUAGES
 
 STATIC = Path(__file__).parent / "static"
-TYPES = {"style.css": "text/css", "app.js": "text/javascript", "icon.svg": "image/svg+xml"}
+TYPES = {"style.css": "text/css", "app.js": "text/javascript", "dataset.css": "text/css", "dataset.js": "text/javascript", "icon.svg": "image/svg+xml"}
 MAX_UPLOAD_BYTES = 20_000_000
 
 
@@ -116,4 +116,6 @@ def _head() -> str:
         f'<link rel="stylesheet" href="/static-ui/style.css?{version}">'
         f'<link rel="icon" href="/static-ui/icon.svg?{version}" type="image/svg+xml">'
         f'<script src="/static-ui/app.js?{version}"></script>'
+        f'<link rel="stylesheet" href="/static-ui/dataset.css?{version}">'
+        f'<script src="/static-ui/dataset.js?{version}"></script>'
     )
