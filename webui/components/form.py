@@ -181,7 +181,7 @@ def _field(t: Translator, row: Setting, text: str) -> Markup:
             '<div class="label"><span>{label}</span><code>{name}</code></div>', label=_label(row), name=row.name
         ),
         control=_control(t, row, name, text),
-        about=row.description,
+        about=_with_code(row.description),
         range="" if row.kind in ("switch", "choice", "text", "path") else row.range,
     )
 
@@ -261,7 +261,16 @@ def _options(id: str, values: Sequence[str]) -> Markup:
     return html('<datalist id="{id}">{options}</datalist>', id=id, options=options)
 
 
+def _with_code(text: str) -> Markup:
+    """What stands between backticks as code."""
+    parts = text.split("`")
+    return join(html("<code>{part}</code>" if index % 2 else "{part}", part=part) for index, part in enumerate(parts))
+
+
 def _label(row: Setting) -> str:
+    own = {"dataset.path": "Folder", "model.path": "Base model", "preview.prompts": "Preview prompts"}
+    if row.name in own:
+        return own[row.name]
     words = row.key.replace("_", " ")
     short = {"lr": "learning rate", "cfg": "guidance (CFG)", "eps": "epsilon", "rslora": "rsLoRA"}
     words = short.get(row.key, words.replace(" lr", " learning rate").replace("lr ", "learning rate "))

@@ -271,6 +271,17 @@
     tip.classList.toggle("left", share > 0.6);
   });
 
+  // ---- The log stays at its end, unless someone reads further up ----
+
+  let isAtEnd = true, seen = null;
+  function followLog() {
+    const log = one("#run-log-text");
+    if (!log) return;
+    if (log !== seen) log.addEventListener("scroll", () => { isAtEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 40; });
+    if (isAtEnd) log.scrollTop = log.scrollHeight;
+    seen = log;
+  }
+
   // ---- After every change of the page ----
 
   let due = false;
@@ -279,6 +290,7 @@
     applyTheme();
     if (one("#train-fields")) { refreshForm(); markProblems(); placeGlances(); }
     refreshComparison();
+    followLog();
   }
   new MutationObserver(() => {
     if (!due) { due = true; requestAnimationFrame(refresh); }
