@@ -106,18 +106,19 @@ class Datasets:
             )
             seen = view(opened.pictures, chosen, checks)
         numbers = {name: number for number, name in enumerate(opened.pictures.pictures)}
+        keys = {name: str(number) for name, number in numbers.items()}
         return {
             "shown": [numbers[name] for name in seen.names],
             "terms": seen.terms,
             "checks": {key: len(found) for key, found in checks.items()},
-            "reasons": {numbers[name]: reason for name, reason in checks.get(chosen.check, {}).items() if reason},
+            "reasons": {keys[name]: reason for name, reason in checks.get(chosen.check, {}).items() if reason},
             "unreadable": [numbers[name] for name in checks["unreadable"]],
             "resolution": resolution,
             "buckets": [(f"{bucket.width}×{bucket.height}", number) for bucket, number in count_buckets(crops)],
             "lost": _mean_lost(crops),
-            "crops": {numbers[name]: _crop_row(crop) for name, crop in crops.items()},
+            "crops": {keys[name]: _crop_row(crop) for name, crop in crops.items()},
             "sizes": {
-                numbers[name]: (fact.width, fact.height)
+                keys[name]: (fact.width, fact.height)
                 for name, fact in opened.look.facts.items()
                 if fact.width and name in numbers
             },
