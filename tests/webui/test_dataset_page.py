@@ -16,31 +16,35 @@ from tests.webui.conftest import HOSTILE, wait_for
 
 pytestmark = pytest.mark.browser
 
-NUM_PICTURES = 1000
+NUM_PICTURES = 48
 SET = "data/many"
 
 
 @pytest.fixture()
 def many(workspace: Workspace) -> Path:
-    """A thousand pictures of several shapes with tags; the first without a caption, the second with a hostile one."""
+    """Pictures of several shapes with tags; the first without a caption, the second with a hostile one."""
     folder = workspace.root / SET
+    make_set(folder, NUM_PICTURES)
+    (folder / "zz <img src=x onerror=alert(5)>.png").write_bytes((folder / "0003.png").read_bytes())
+    return folder
+
+
+def make_set(folder: Path, num_pictures: int) -> None:
     folder.mkdir()
-    for number in range(NUM_PICTURES):
+    for number in range(num_pictures):
         size = ((96, 96), (128, 80), (80, 128), (200, 60))[number % 4]
         colour = (number * 7 % 256, number * 13 % 256, number * 29 % 256)
         Image.new("RGB", size, colour).save(folder / f"{number:04d}.png")
         if number:
             text = HOSTILE if number == 1 else f"harbour, {('dawn', 'noon', 'dusk')[number % 3]}, boat {number}"
             (folder / f"{number:04d}.txt").write_text(f"{text}\n")
-    (folder / "zz <img src=x onerror=alert(5)>.png").write_bytes((folder / "0003.png").read_bytes())
-    return folder
 
 
 @pytest.fixture()
 def opened(many: Path, url: str, open_page: Callable[..., Any]) -> Any:
     """The set, looked at whole, so that no work goes on in the background."""
     page = open_page(f"{url}/dataset?set={quote(SET)}")
-    page.wait_for_selector("#dataset-mend", timeout=90_000)
+    page.wait_for_selector("#dataset-mend", timeout=60_000)
     return page
 
 
@@ -52,15 +56,18 @@ def wait_for_count(page: Any, start: str) -> None:
     wait_for(lambda: count(page).startswith(start), 10)
 
 
-def test_a_thousand_pictures_are_there_within_two_seconds(many: Path, url: str, open_page: Callable[..., Any]) -> None:
+def test_a_thousand_pictures_are_there_within_two_seconds(
+    workspace: Workspace, url: str, open_page: Callable[..., Any]
+) -> None:
+    make_set(workspace.root / "data" / "thousand", 1000)
     page = open_page(f"{url}/dataset")  # Gradio's own files are in the browser's cache, as for whoever is in the UI
     page.wait_for_selector("#dataset-sets")
-    page.goto(f"{url}/dataset?set={quote(SET)}")
+    page.goto(f"{url}/dataset?set=data/thousand")
     page.wait_for_selector("#dataset-grid .cell")
     seconds = page.evaluate("performance.now()") / 1000
 
-    page.wait_for_function(f"document.querySelectorAll('#dataset-grid .cell').length === {NUM_PICTURES + 1}")
-    assert page.locator("#dataset-grid .cell").count() == NUM_PICTURES + 1
+    page.wait_for_function("document.querySelectorAll('#dataset-grid .cell').length === 1000")
+    page.wait_for_function("[...document.querySelectorAll('.cell img')].filter((image) => image.naturalWidth).length > 20")
     print(f"first grid after {seconds:.2f} s")
     assert seconds < 2
 
@@ -138,7 +145,7 @@ def test_a_pattern_that_never_ends_is_stopped(opened: Any) -> None:
 
 def test_tags_and_checks_filter_the_grid(opened: Any) -> None:
     opened.locator('[data-term="dawn"]').click()
-    wait_for_count(opened, "332 of")
+    wait_for_count(opened, f"{len([n for n in range(2, NUM_PICTURES) if n % 3 == 0])} of")
     opened.locator('[data-term="harbour"]').click(modifiers=["Shift"])
     wait_for_count(opened, "0 of")
     assert "not=harbour" in opened.url
@@ -147,8 +154,8 @@ def test_tags_and_checks_filter_the_grid(opened: Any) -> None:
     opened.locator('[data-check="uncaptioned"]').click()
     wait_for_count(opened, "2 of")
     opened.locator("#dataset-clear").click()
-    opened.locator("#dataset-search").fill("boat 77")
-    wait_for_count(opened, "11 of")
+    opened.locator("#dataset-search").fill("boat 4")
+    wait_for_count(opened, "9 of")
 
 
 def test_the_crop_is_drawn_on_the_pictures(opened: Any) -> None:

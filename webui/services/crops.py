@@ -28,12 +28,20 @@ class CropView:
     enlargement: float
 
 
-def buckets_for(resolution: int, step: int = 64) -> Sequence[Bucket]:
-    """The buckets that a run with this resolution uses unless told otherwise. Raises UserError."""
-    if not MIN_RESOLUTION <= resolution <= MAX_RESOLUTION:
-        raise UserError(f"The resolution must lie between {MIN_RESOLUTION} and {MAX_RESOLUTION}.")
-    step = min(step, max(8, resolution // 8 // 8 * 8))
-    return make_buckets(Size(resolution, resolution), min_side=resolution // 2, max_side=resolution * 2, step=step)
+def usual_step(resolution: int) -> int:
+    """What bucket sides are multiples of: 64 for the published models, 16 for miniatures."""
+    return 64 if resolution >= 256 else 16
+
+
+def buckets_for(resolution: int, step: int) -> Sequence[Bucket]:
+    """The buckets that a run with this resolution and step uses unless told otherwise. Raises UserError."""
+    if not MIN_RESOLUTION <= resolution <= MAX_RESOLUTION or not 1 <= step <= resolution // 2:
+        raise UserError(
+            f"The resolution lies between {MIN_RESOLUTION} and {MAX_RESOLUTION}, the step between 1 and half of it."
+        )
+    return make_buckets(
+        Size(resolution, resolution), min_side=max(step, resolution // 2), max_side=resolution * 2, step=step
+    )
 
 
 def crop_view(size: Size, buckets: Sequence[Bucket]) -> CropView:

@@ -16,7 +16,7 @@ from lora_diffusion.data.buckets import Size
 from lora_diffusion.errors import UserError
 from webui.services.caption_text import Change, Edit, plan
 from webui.services.checks import Filter, find_checks, view
-from webui.services.crops import CropView, buckets_for, count_buckets, crop_view
+from webui.services.crops import CropView, buckets_for, count_buckets, crop_view, usual_step
 from webui.services.facts import Look
 from webui.services.journal import Journal
 from webui.services.mend import Mended, Mending, copy_mended
@@ -57,7 +57,7 @@ class Datasets:
 
     def all(self) -> list[Json]:
         """What there is to choose from."""
-        return [self._about(id) for id in self.places.datasets()]
+        return [self._about(id) for id in dict.fromkeys(self.places.datasets())]
 
     def open(self, id: str) -> Json:
         """Read a folder anew and start to look at its pictures."""
@@ -87,7 +87,7 @@ class Datasets:
                 look.start([(picture.name, picture.path) for picture in opened.pictures.pictures.values()])
         return {"done": look.done, "total": look.total, "isDone": look.is_done, "hasSizes": look.has_sizes}
 
-    def view(self, id: str, filter: Mapping[str, Any], resolution: int = 0, step: int = 64) -> Json:
+    def view(self, id: str, filter: Mapping[str, Any], resolution: int = 0, step: int = 0) -> Json:
         """What the filter lets through, the histogram of those, the counts of all checks, and every crop."""
         opened = self._opened(id)
         chosen = Filter(
@@ -99,6 +99,7 @@ class Datasets:
         )
         with opened.lock:
             resolution = resolution or self._usual_resolution(opened)
+            step = min(step or usual_step(resolution), resolution // 2)
             crops = self._crops(opened, resolution, step)
             counter = find_counter(self.places.workspace)
             checks = find_checks(
@@ -114,6 +115,7 @@ class Datasets:
             "reasons": {keys[name]: reason for name, reason in checks.get(chosen.check, {}).items() if reason},
             "unreadable": [numbers[name] for name in checks["unreadable"]],
             "resolution": resolution,
+            "step": step,
             "buckets": [(f"{bucket.width}×{bucket.height}", number) for bucket, number in count_buckets(crops)],
             "lost": _mean_lost(crops),
             "crops": {keys[name]: _crop_row(crop) for name, crop in crops.items()},

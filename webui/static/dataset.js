@@ -22,9 +22,11 @@ window.loraDiffusionDataset = (element, server) => {
       else if (name in node && !name.includes("-") && !["list", "form", "type"].includes(name)) node[name] = value;
       else node.setAttribute(name, value === true ? "" : value);
     }
-    node.append(...children.flat(3).filter((child) => child !== null && child !== undefined && child !== false));
+    node.append(...nodes(children));
     return node;
   }
+  const nodes = (children) => children.flat(3).filter((child) => child !== null && child !== undefined && child !== false);
+  const fill = (node, ...children) => node.replaceChildren(...nodes(children));
   const button = (text, onclick, properties = {}) => h("button", { type: "button", className: "quiet", onclick, ...properties }, text);
   const pictureUrl = (path, width) => `/picture/dataset/${path.split("/").map(encodeURIComponent).join("/")}?w=${width}`;
   const splitTags = (caption) => (caption ?? "").split(",").map((tag) => tag.trim()).filter(Boolean);
@@ -43,7 +45,7 @@ window.loraDiffusionDataset = (element, server) => {
 
   const set = { id: "", pictures: [], shown: [], selected: new Set(), cursor: -1, anchor: -1, tokens: {}, sizes: {}, crops: {}, reasons: {}, unreadable: new Set(), levels: {}, look: {} };
   const filter = { text: "", wanted: [], unwanted: [], check: "", by: "" };
-  const crop = { resolution: 0, step: 64, isDrawn: false };
+  const crop = { resolution: 0, step: 0, isDrawn: false };
   let cells = [], ui = {}, generation = 0;
 
   function writeAddress() {
@@ -78,7 +80,7 @@ window.loraDiffusionDataset = (element, server) => {
         h("span", { className: "four" }, one.thumbs.map((path) => h("img", { src: pictureUrl(path, 160), alt: "", loading: "lazy" }))),
         h("strong", {}, one.id),
         h("small", {}, `${one.images} ${t("pictures")} · ${one.captioned} ${t("captioned")}`)));
-    root.replaceChildren(
+    fill(root, 
       h("div", { className: "title" }, h("h1", {}, t("choose"))),
       h("p", { className: "hint" }, t("choose.about")),
       problem || found.error ? h("p", { className: "said bad", role: "alert" }, problem || found.error) : null,
@@ -177,7 +179,7 @@ window.loraDiffusionDataset = (element, server) => {
     if (answer.error) return say(answer.error, true);
     const before = set.shown.join();
     Object.assign(set, { shown: answer.shown, terms: answer.terms, checks: answer.checks, reasons: answer.reasons, unreadable: new Set(answer.unreadable), buckets: answer.buckets, lost: answer.lost, crops: answer.crops, sizes: answer.sizes });
-    set.resolution = answer.resolution;
+    Object.assign(set, { resolution: answer.resolution, step: answer.step });
     for (const number of set.selected) if (!set.shown.includes(number)) set.selected.delete(number);
     if (before !== set.shown.join() || !cells.length) drawGrid();
     else for (const cell of cells) if (cell) dress(cell);
@@ -201,9 +203,7 @@ window.loraDiffusionDataset = (element, server) => {
     let delay = 0;
     ui.search.addEventListener("input", () => { clearTimeout(delay); delay = setTimeout(() => { filter.text = ui.search.value; refreshView(); }, 200); });
     ui.grid.addEventListener("click", clickCell);
-    const train = new URL(root.dataset.train, location.href);
-    train.searchParams.set("set", set.id);
-    root.replaceChildren(
+    fill(root, 
       h("div", { className: "title set-title" }, h("h1", {}, set.id),
         h("div", { className: "set-actions" },
           ui.undo, ui.redo, button(t("bulk"), openBulk, { className: "quiet strong", id: "dataset-bulk" }),
@@ -353,7 +353,7 @@ window.loraDiffusionDataset = (element, server) => {
     const row = set.pictures[set.cursor];
     ui.text = null;
     ui.editor.classList.toggle("open", Boolean(row));
-    if (!row) return ui.editor.replaceChildren(h("p", { className: "empty" }, t("editor.pick")));
+    if (!row) return fill(ui.editor, h("p", { className: "empty" }, t("editor.pick")));
     const text = h("textarea", { id: "dataset-caption", rows: 5, value: row.caption ?? "", placeholder: t("editor.placeholder"), "aria-label": t("editor.caption"), maxLength: 20000, disabled: Boolean(row.problem) });
     ui.text = text;
     text.addEventListener("input", () => { isDirty = true; state(t("saving")); drawChips(); clearTimeout(timer); timer = setTimeout(flush, SAVE_DELAY_MS); });
@@ -370,7 +370,7 @@ window.loraDiffusionDataset = (element, server) => {
     const large = set.unreadable.has(set.cursor) ? h("div", { className: "large none" }, t("unreadable"))
       : h("div", { className: "large" }, h("span", { className: "fit" }, h("img", { alt: "", src: pictureUrl(row.url, 640) })));
     ui.facts = h("p", { className: "hint facts-line" });
-    ui.editor.replaceChildren(
+    fill(ui.editor, 
       h("div", { className: "editor-head" }, h("strong", { title: row.name }, row.name),
         button("←", () => step(-1), { "aria-label": t("previous"), title: t("previous"), className: "quiet icon" }),
         button("→", () => step(1), { "aria-label": t("next"), title: t("next"), className: "quiet icon", id: "dataset-next" }),
@@ -498,7 +498,7 @@ window.loraDiffusionDataset = (element, server) => {
   function drawFilters() {
     const found = Object.entries(set.checks).filter(([, number]) => number > 0);
     const lists = [["orphans", set.orphans], ["leftout", set.leftOut]].filter(([, list]) => list.length);
-    ui.checks.replaceChildren(h("h3", {}, t("checks")),
+    fill(ui.checks, h("h3", {}, t("checks")),
       set.look.isDone ? null : h("p", { className: "hint looking" }, t("looking", { done: set.look.done ?? 0, total: set.look.total ?? 0 })),
       found.length || lists.length || !set.look.isDone ? null : h("p", { className: "hint" }, t("all_good")),
       found.map(([key, number]) => h("button", { type: "button", className: "check-row", "data-check": key, "aria-pressed": String(filter.check === key), title: words[`dataset.about.${key}`] ?? "", onclick: () => { filter.check = filter.check === key ? "" : key; refreshView(); } },
@@ -527,12 +527,12 @@ window.loraDiffusionDataset = (element, server) => {
     const tab = (by) => h("button", { type: "button", className: "tab", "aria-pressed": String(filter.by === by), onclick: () => { Object.assign(filter, { by, wanted: [], unwanted: [] }); refreshView(); } }, t(`terms.${by}`));
     const find = h("input", { type: "search", value: termsFind, placeholder: t("terms.find"), "aria-label": t("terms.find"), id: "dataset-terms-find" });
     const list = h("div", { className: "terms" });
-    const fill = () => list.replaceChildren(...set.terms.filter(([term]) => term.toLowerCase().includes(termsFind.toLowerCase())).map(([term, number]) =>
+    const fillList = () => list.replaceChildren(...set.terms.filter(([term]) => term.toLowerCase().includes(termsFind.toLowerCase())).map(([term, number]) =>
       h("button", { type: "button", className: "term", "data-term": term, "aria-pressed": String(filter.wanted.includes(term)), style: { "--share": String(number / most) }, onclick: (event) => chooseTerm(term, event.shiftKey) }, h("span", {}, term), h("b", {}, String(number)))));
-    find.addEventListener("input", () => { termsFind = find.value; fill(); });
+    find.addEventListener("input", () => { termsFind = find.value; fillList(); });
     const scrolled = ui.terms.querySelector(".terms")?.scrollTop ?? 0, wasFinding = document.activeElement?.id === "dataset-terms-find";
-    fill();
-    ui.terms.replaceChildren(h("div", { className: "tabs" }, tab("tags"), tab("words")), find, list, h("p", { className: "hint" }, t("terms.hint")));
+    fillList();
+    fill(ui.terms, h("div", { className: "tabs" }, tab("tags"), tab("words")), find, list, h("p", { className: "hint" }, t("terms.hint")));
     list.scrollTop = scrolled;
     if (wasFinding) find.focus();
   }
@@ -548,10 +548,10 @@ window.loraDiffusionDataset = (element, server) => {
     const most = Math.max(1, ...set.buckets.map(([, number]) => number));
     const choose = (values, value, id, label, onchange) => h("label", {}, label, h("select", { id, onchange }, values.map((one) => h("option", { value: one, selected: one === value }, String(one)))));
     const sides = [...new Set([64, 128, 256, 384, 512, 640, 768, 896, 1024, set.resolution])].sort((a, b) => a - b);
-    ui.buckets.replaceChildren(h("h3", {}, t("buckets")),
+    fill(ui.buckets, h("h3", {}, t("buckets")),
       h("div", { className: "two" },
         choose(sides, set.resolution, "dataset-resolution", t("resolution"), (event) => { crop.resolution = Number(event.target.value); refreshView(); }),
-        choose([8, 16, 32, 64], crop.step, "dataset-step", t("step"), (event) => { crop.step = Number(event.target.value); refreshView(); })),
+        choose([8, 16, 32, 64], set.step, "dataset-step", t("step"), (event) => { crop.step = Number(event.target.value); refreshView(); })),
       h("label", { className: "check" }, h("input", { type: "checkbox", id: "dataset-crop", checked: crop.isDrawn, onchange: (event) => { crop.isDrawn = event.target.checked; for (const cell of cells) if (cell) dress(cell); drawCropOf(set.cursor); writeAddress(); } }), t("show_crop")),
       h("div", { className: "bars" }, set.buckets.map(([name, number]) => h("div", { className: "term", style: { "--share": String(number / most) } }, h("span", {}, name), h("b", {}, String(number))))),
       set.buckets.length ? h("p", { className: "hint" }, t("lost", { lost: percent(set.lost) })) : null);
