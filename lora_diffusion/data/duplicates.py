@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -52,14 +52,12 @@ def perceptual_hash(image: Image.Image) -> Hash:
     return np.asarray(imagehash.phash(image, hash_size=HASH_SIDE).hash, dtype=np.bool_).flatten()
 
 
-def close_pairs(hashes: Sequence[Hash]) -> list[tuple[int, int]]:
-    """Index pairs i < j of hashes that differ in at most MAX_DISTANCE bits."""
+def close_pairs(hashes: Sequence[Hash]) -> Iterator[tuple[int, int]]:
+    """Index pairs i < j of hashes that differ in at most MAX_DISTANCE bits. A thousand equal ones make 499 500."""
     if not hashes:
-        return []
+        return
     table = np.stack(list(hashes)).astype(np.float32) * 2 - 1  # (pictures, bits) of +1 and -1
     least = table.shape[1] - 2 * MAX_DISTANCE  # the scalar product at that distance
-    pairs: list[tuple[int, int]] = []
     for i in range(len(table) - 1):
-        close = np.flatnonzero(table[i + 1 :] @ table[i] >= least)
-        pairs += [(i, i + 1 + int(j)) for j in close]
-    return pairs
+        for j in np.flatnonzero(table[i + 1 :] @ table[i] >= least):
+            yield i, i + 1 + int(j)

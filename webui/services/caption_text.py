@@ -162,8 +162,10 @@ def _sort(caption: str, _: Edit) -> str:
 
 def _dedupe(caption: str, _: Edit) -> str:
     tags = split_tags(caption)
-    kept = {tag.casefold(): tag for tag in reversed(tags)}  # the first of equals stays
-    return caption if len(kept) == len(tags) else join_tags(reversed(kept.values()))
+    first: dict[str, str] = {}
+    for tag in tags:
+        first.setdefault(tag.casefold(), tag)
+    return caption if len(first) == len(tags) else join_tags(first.values())
 
 
 def _set(_: str, edit: Edit) -> str:

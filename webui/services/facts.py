@@ -153,7 +153,7 @@ def look_closely(path: Path, facts: Facts) -> Facts:
 
 
 def near_pairs(facts: Mapping[str, Facts]) -> list[tuple[str, str]]:
-    """Pictures with different bytes that look the same."""
+    """Pictures with different bytes that look the same: each of them in one pair at least, not in all."""
     import numpy as np
 
     from lora_diffusion.data.duplicates import close_pairs
@@ -162,9 +162,14 @@ def near_pairs(facts: Mapping[str, Facts]) -> list[tuple[str, str]]:
     hashes = [
         np.unpackbits(np.frombuffer(bytes.fromhex(facts[name].likeness), np.uint8)).astype(np.bool_) for name in names
     ]
-    return [
-        (names[i], names[j]) for i, j in close_pairs(hashes) if facts[names[i]].content != facts[names[j]].content
-    ]
+    pairs: list[tuple[str, str]] = []
+    seen: set[str] = set()
+    for i, j in close_pairs(hashes):
+        pair = (names[i], names[j])
+        if not seen.issuperset(pair) and facts[pair[0]].content != facts[pair[1]].content:
+            pairs.append(pair)
+            seen.update(pair)
+    return pairs
 
 
 def twins(facts: Mapping[str, Facts]) -> list[tuple[str, str]]:

@@ -58,7 +58,7 @@ window.loraDiffusionDataset = (element, server) => {
     if (set.by && filter.by !== set.by) query.set("by", filter.by);
     if (crop.isDrawn) query.set("crop", "1");
     if (set.pictures[set.cursor]) query.set("picture", set.pictures[set.cursor].name);
-    history.replaceState(history.state, "", query.size ? `?${query}` : location.pathname);
+    history.replaceState(history.state, "", location.pathname + (query.size ? `?${query}` : ""));  // "?…" alone starts at <base>
   }
 
   function readAddress() {
