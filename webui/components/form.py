@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from webui.components.html import html, join
+from webui.components.html import html, join, with_code
 from webui.services.form_values import Fields, num_tables
 from webui.services.presets import Preset
 from webui.services.schema import REPEATED, Setting, settings, summary
@@ -181,7 +181,7 @@ def _field(t: Translator, row: Setting, text: str) -> Markup:
             '<div class="label"><span>{label}</span><code>{name}</code></div>', label=_label(row), name=row.name
         ),
         control=_control(t, row, name, text),
-        about=_with_code(row.description),
+        about=with_code(row.description),
         range="" if row.kind in ("switch", "choice", "text", "path") else row.range,
     )
 
@@ -259,12 +259,6 @@ def _select_options(values: Sequence[str], chosen: str) -> Markup:
 def _options(id: str, values: Sequence[str]) -> Markup:
     options = join(html('<option value="{value}"></option>', value=value) for value in values)
     return html('<datalist id="{id}">{options}</datalist>', id=id, options=options)
-
-
-def _with_code(text: str) -> Markup:
-    """What stands between backticks as code."""
-    parts = text.split("`")
-    return join(html("<code>{part}</code>" if index % 2 else "{part}", part=part) for index, part in enumerate(parts))
 
 
 def _label(row: Setting) -> str:
