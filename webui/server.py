@@ -27,7 +27,13 @@ from webui.services.site import Site
 from webui.translate import LANGUAGES
 
 STATIC = Path(__file__).parent / "static"
-TYPES = {"style.css": "text/css", "app.js": "text/javascript", "dataset.css": "text/css", "dataset.js": "text/javascript", "icon.svg": "image/svg+xml"}
+TYPES = {
+    "style.css": "text/css",
+    "dataset.css": "text/css",
+    "app.js": "text/javascript",
+    "dataset.js": "text/javascript",
+    "icon.svg": "image/svg+xml",
+}
 MAX_UPLOAD_BYTES = 20_000_000
 
 

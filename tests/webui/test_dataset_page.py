@@ -67,7 +67,9 @@ def test_a_thousand_pictures_are_there_within_two_seconds(
     seconds = page.evaluate("performance.now()") / 1000
 
     page.wait_for_function("document.querySelectorAll('#dataset-grid .cell').length === 1000")
-    page.wait_for_function("[...document.querySelectorAll('.cell img')].filter((image) => image.naturalWidth).length > 20")
+    page.wait_for_function(
+        "[...document.querySelectorAll('.cell img')].filter((image) => image.naturalWidth).length > 20"
+    )
     print(f"first grid after {seconds:.2f} s")
     assert seconds < 2
 
@@ -125,7 +127,9 @@ def test_find_and_replace_shows_what_it_will_do_and_is_undone(opened: Any, many:
     opened.wait_for_selector("#dataset-said .good", timeout=20_000)
 
     assert (many / "0004.txt").read_bytes() == before["0004.txt"]
-    assert all((many / f"{number:04d}.txt").read_text() == f"harbour, midday, boat {number}\n" for number in changed[1:])
+    assert all(
+        (many / f"{number:04d}.txt").read_text() == f"harbour, midday, boat {number}\n" for number in changed[1:]
+    )
 
     opened.locator("#dataset-undo").click()
     wait_for(lambda: "Undone" in opened.locator("#dataset-said").inner_text(), 20)

@@ -198,7 +198,9 @@ def test_a_preview_that_is_out_of_date_is_not_applied(datasets: Datasets) -> Non
     assert (folder_of(datasets) / "1.txt").read_text() == "other"
 
 
-@pytest.mark.parametrize("id", ["../outside", "/etc", "runs", ".lora-diffusion", "data/../..", "data/link", "", "data/\0"])
+@pytest.mark.parametrize(
+    "id", ["../outside", "/etc", "runs", ".lora-diffusion", "data/../..", "data/link", "", "data/\0"]
+)
 def test_folders_elsewhere_are_refused(datasets: Datasets, id: str) -> None:
     root = datasets.places.root
     (root / "runs").mkdir()
@@ -321,7 +323,13 @@ def test_an_upload_arrives_in_pieces_and_only_if_it_is_what_its_name_says(datase
     assert not (datasets.places.root / id / "a.png").exists()
     send("a.png", data[half:], half, True)
     assert (datasets.places.root / id / "a.png").read_bytes() == data
-    for name, content in (("b.png", b"<html>"), ("b.exe", b"x"), (".b.png", data), ("a.png", data), ("c.txt", b"\xff\0")):
+    for name, content in (
+        ("b.png", b"<html>"),
+        ("b.exe", b"x"),
+        (".b.png", data),
+        ("a.png", data),
+        ("c.txt", b"\xff\0"),
+    ):
         with pytest.raises(UserError):
             send(name, content, 0, True)
     for bad in ("", "../x", "a/b", "new one", "x" * 200):

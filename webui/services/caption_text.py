@@ -62,7 +62,7 @@ def join_tags(tags: Iterable[str]) -> str:
 
 
 def style_of(caption: str) -> str:
-    """ "tags", "sentence", or "" for a caption too short to tell."""
+    """Its kind: "tags", "sentence", or "" for a caption too short to tell."""
     tags = split_tags(caption)
     words = len(_WORD.findall(caption))
     if words <= 2 and len(tags) <= 1:

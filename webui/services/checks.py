@@ -22,7 +22,7 @@ MAX_HISTOGRAM = 400
 
 @dataclass(frozen=True)
 class Filter:
-    """text: in the caption or the name. wanted, unwanted: tags or words, as `by` says. check: a key of `find_checks`."""
+    """text: in caption or name. wanted, unwanted: tags or words, as `by` says. check: a key of `find_checks`."""
 
     text: str = ""
     wanted: tuple[str, ...] = ()

@@ -187,7 +187,12 @@ class Datasets:
         target = self.uploads.make_set(name)
         keys = ("without_twins", "without_near", "upright", "opaque")
         mending = Mending(**{key: bool(options.get(key)) for key in keys})
-        opened.mending = {"done": 0, "total": len(opened.pictures.pictures), "isDone": False, "set": self.places.id_of(target)}
+        opened.mending = {
+            "done": 0,
+            "total": len(opened.pictures.pictures),
+            "isDone": False,
+            "set": self.places.id_of(target),
+        }
         threading.Thread(target=_copy, args=(opened, target, mending, opened.mending), daemon=True).start()
         return opened.mending
 

@@ -1,4 +1,4 @@
-"""What is true of each picture of a data set: size, damage, rotation, twins. Looked at in the background, remembered."""
+"""What is true of each picture of a data set: size, damage, rotation, twins. Found in the background, remembered."""
 
 from __future__ import annotations
 

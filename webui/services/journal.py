@@ -61,7 +61,9 @@ class Journal:
         last = self._read(done[-1]) if done else None
         now = time.time()
         if merges and last and _continues(last, what, changes, now):
-            step = Step(last.number, what, now, (FileChange(changes[0].file, last.changes[0].before, changes[0].after),))
+            step = Step(
+                last.number, what, now, (FileChange(changes[0].file, last.changes[0].before, changes[0].after),)
+            )
         else:
             step = Step(last.number + 1 if last else 1, what, now, changes)
         self.folder.mkdir(parents=True, exist_ok=True)

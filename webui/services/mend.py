@@ -16,7 +16,8 @@ from webui.services.picture_set import PictureSet
 @dataclass(frozen=True)
 class Mending:
     """What to do: leave pictures with equal bytes out but for one, those that look alike too, make all upright and
-    lay transparent ones on white."""
+    lay transparent ones on white.
+    """
 
     without_twins: bool = True
     without_near: bool = False

@@ -176,7 +176,7 @@ class PictureSet:
 
 
 def majority_style(captions: Iterable[str]) -> str:
-    """ "tags" or "sentence", whichever more captions are."""
+    """What most captions are: "tags" or "sentence"."""
     styles = [style_of(caption) for caption in captions]
     return "tags" if styles.count("tags") > styles.count("sentence") else "sentence"
 

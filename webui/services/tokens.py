@@ -7,8 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_diffusion.workspace import Workspace
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 MAX_TOKENS = 75
 """What a CLIP text encoder reads of a prompt, without the marks at its start and end."""
@@ -59,13 +63,14 @@ def _counter_of(file: Path, _modified: int) -> Callable[[str], int]:
     return count
 
 
-def _clip_tokenizer(vocabulary: Path, merges: Path):  # noqa: ANN202  (the type needs the import)
-    """CLIP's tokenizer from its two files: lower case, then pairs of bytes joined inside words (Radford et al. 2021)."""
+def _clip_tokenizer(vocabulary: Path, merges: Path) -> Tokenizer:
+    """CLIP's tokenizer from its two files: lower case, then pairs of bytes joined inside words."""
     from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
     from tokenizers.models import BPE
 
     lines = merges.read_text(encoding="utf-8").splitlines()
-    pairs = [(left, right) for line in lines if not line.startswith("#version") for left, _, right in [line.partition(" ")] if right]
+    rules = [line.split(" ") for line in lines if not line.startswith("#version")]
+    pairs = [(rule[0], rule[1]) for rule in rules if len(rule) == 2]
     tokenizer = Tokenizer(
         BPE(
             vocab=json.loads(vocabulary.read_text(encoding="utf-8")),
