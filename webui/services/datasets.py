@@ -39,6 +39,7 @@ class OpenSet:
     id: str
     pictures: PictureSet
     look: Look
+    is_to_look: bool = True
     lock: threading.RLock = field(default_factory=threading.RLock)
     mending: Json | None = None
 
@@ -60,10 +61,11 @@ class Datasets:
         return [self._about(id) for id in dict.fromkeys(self.places.datasets())]
 
     def open(self, id: str) -> Json:
-        """Read a folder anew and start to look at its pictures."""
-        opened = self._opened(id)
+        """Read a folder anew."""
+        opened = self._opened(id, is_read=False)
         with opened.lock:
             opened.pictures.read()
+            opened.is_to_look = True
             if len(opened.pictures.pictures) > MAX_PICTURES:
                 raise SetError(f"{id} has more than {MAX_PICTURES:,} pictures; open one of its subfolders.")
             captions = {p.name: p.caption for p in opened.pictures.pictures.values() if p.caption}
@@ -79,11 +81,12 @@ class Datasets:
             }
 
     def look(self, id: str) -> Json:
-        """Start to look at the pictures if nobody has; how far it is."""
+        """Look at the pictures that were read last, in the background; how far that is."""
         opened = self._opened(id)
         look = opened.look
-        if look.total == 0 and not look.is_done:
+        if opened.is_to_look:
             with opened.lock:
+                opened.is_to_look = False
                 look.start([(picture.name, picture.path) for picture in opened.pictures.pictures.values()])
         return {"done": look.done, "total": look.total, "isDone": look.is_done, "hasSizes": look.has_sizes}
 
@@ -222,7 +225,7 @@ class Datasets:
             raise SetError(f"There is no folder {id}. It may have been renamed.")
         return folder
 
-    def _opened(self, id: str) -> OpenSet:
+    def _opened(self, id: str, *, is_read: bool = True) -> OpenSet:
         folder = self._folder(id)
         id = self.places.id_of(folder)
         with self._lock:
@@ -233,7 +236,7 @@ class Datasets:
                 self._open[id] = OpenSet(id, pictures, Look(private / "facts.json"))
             opened = self._open[id]
         with opened.lock:
-            if not opened.pictures.pictures:
+            if is_read and not opened.pictures.pictures:
                 opened.pictures.read()
         return opened
 

@@ -67,22 +67,17 @@ class Look:
         """Look at these (name, path), unless it is known already. A running look is followed by a new one."""
         with self._lock:
             self._again = list(pictures)
-            if self._thread is None or not self._thread.is_alive():
+            if self._thread is None:
                 self.is_done = False
                 self._thread = threading.Thread(target=self._work, name="look at pictures", daemon=True)
                 self._thread.start()
-
-    def wait(self, timeout_s: float) -> None:
-        """Until the look is over; for tests."""
-        if self._thread:
-            self._thread.join(timeout_s)
 
     def _work(self) -> None:
         while True:
             with self._lock:
                 pictures, self._again = self._again, None
                 if pictures is None:
-                    self.is_done = True
+                    self.is_done, self._thread = True, None
                     return
             try:
                 self._look(pictures)
