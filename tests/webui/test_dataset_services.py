@@ -115,7 +115,7 @@ def test_a_diff_holds_both_texts() -> None:
 
 def test_histograms_count_captions_and_not_occurrences() -> None:
     assert histogram(["cat, cat, red", "red"], "tags") == [("red", 2), ("cat", 1)]
-    assert histogram(["A cat. The cat's hat"], "words") == [("a", 1), ("cat", 1), ("cat's", 1), ("hat", 1), ("the", 1)]
+    assert histogram(["A cat. The cat's hat"], "words") == [("cat", 1), ("cat's", 1), ("hat", 1), ("the", 1)]
     assert [style_of(text) for text in ("a, b c, d", "a photo of a big red cat in the sun", "cat")] == [
         "tags",
         "sentence",

@@ -79,8 +79,10 @@ def histogram(captions: Iterable[str], by: str) -> list[tuple[str, int]]:
 
 
 def terms(caption: str, by: str) -> set[str]:
-    """The tags or the lower-case words of a caption."""
-    return set(split_tags(caption)) if by == "tags" else {word.lower() for word in _WORD.findall(caption)}
+    """The tags or the lower-case words of a caption, without words as short as "a" and "of"."""
+    if by == "tags":
+        return set(split_tags(caption))
+    return {word.lower() for word in _WORD.findall(caption) if len(word) > 2 or not word.isascii()}
 
 
 def plan(captions: Mapping[str, str | None], edit: Edit) -> list[Change]:

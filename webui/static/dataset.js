@@ -387,7 +387,7 @@ window.loraDiffusionDataset = (element, server) => {
     if (number !== set.cursor || !ui.facts) return;
     drawCrop(ui.editor.querySelector(".fit"), number);
     const size = set.sizes[number], cut = set.crops[number];
-    ui.facts.textContent = size ? [`${size[0]}×${size[1]}`, cut && `→ ${cut[6]}`, cut && cut[4] > 0.005 && t("cut", { n: percent(cut[4]) }), cut && cut[5] > 1 && t("enlarged", { n: cut[5].toFixed(1) })].filter(Boolean).join(" · ") : "";
+    ui.facts.textContent = size ? [`${size[0]}×${size[1]}${cut ? ` → ${cut[6]}` : ""}`, cut && cut[4] > 0.005 && t("cut", { n: percent(cut[4]) }), cut && cut[5] > 1 && t("enlarged", { n: cut[5].toFixed(1) })].filter(Boolean).join(" · ") : "";
   }
 
   function drawTokens(row) {
@@ -440,7 +440,7 @@ window.loraDiffusionDataset = (element, server) => {
       const answer = await ask("save", { name: row.name, before: row.caption, text });
       if (of !== generation) return;
       for (const fresh of answer.rows ?? []) takeRow(fresh);
-      if (answer.error) { state(t("not_saved"), true); const now = set.pictures[number].caption; return say(`${row.name}: ${answer.error}${now ? ` “${now}”` : ""}`, true); }
+      if (answer.error) { if (!answer.rows && number === set.cursor) isDirty = true; state(t("not_saved"), true); const now = set.pictures[number].caption; return say(`${row.name}: ${answer.error}${now ? ` “${now}”` : ""}`, true); }
       if (answer.levels) set.levels = answer.levels;
       drawLevels();
       if (number === set.cursor) { state(t("saved")); drawTokens(set.pictures[number]); drawQuick(); }
