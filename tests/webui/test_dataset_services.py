@@ -346,3 +346,11 @@ def test_a_picture_that_is_added_later_is_looked_at_when_the_set_is_opened_again
     looked_at(datasets)
 
     assert datasets.view(SET, {})["checks"]["unreadable"] == 1
+
+
+def test_the_choice_leaves_out_links_that_lead_out(datasets: Datasets, tmp_path_factory: pytest.TempPathFactory) -> None:
+    outside = tmp_path_factory.mktemp("outside")
+    Image.new("RGB", (8, 8)).save(outside / "a.png")
+    (datasets.places.root / "data" / "link").symlink_to(outside)
+
+    assert [(one["id"], one["images"], one["captioned"]) for one in datasets.all()] == [(SET, 6, 5)]

@@ -58,7 +58,13 @@ class Datasets:
 
     def all(self) -> list[Json]:
         """What there is to choose from."""
-        return [self._about(id) for id in dict.fromkeys(self.places.datasets())]
+        found: list[Json] = []
+        for id in dict.fromkeys(self.places.datasets()):
+            try:
+                found.append(self._about(id, self._folder(id)))
+            except UserError:
+                continue  # a link that leads out
+        return found
 
     def open(self, id: str) -> Json:
         """Read a folder anew."""
@@ -240,8 +246,7 @@ class Datasets:
                 opened.pictures.read()
         return opened
 
-    def _about(self, id: str) -> Json:
-        folder = self.places.resolve(id)
+    def _about(self, id: str, folder: Path) -> Json:
         try:
             names = [entry.name for entry in folder.iterdir()]
         except OSError:
