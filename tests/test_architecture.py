@@ -56,6 +56,8 @@ NEVER_TORCH = [
         "workspace",
         "cli",
         "cli_base",
+        "cli_files",
+        "cli_merge",
         "cli_queue",
         "cli_ui",
     ),
