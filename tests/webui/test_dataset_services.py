@@ -348,7 +348,9 @@ def test_a_picture_that_is_added_later_is_looked_at_when_the_set_is_opened_again
     assert datasets.view(SET, {})["checks"]["unreadable"] == 1
 
 
-def test_the_choice_leaves_out_links_that_lead_out(datasets: Datasets, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_the_choice_leaves_out_links_that_lead_out(
+    datasets: Datasets, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     outside = tmp_path_factory.mktemp("outside")
     Image.new("RGB", (8, 8)).save(outside / "a.png")
     (datasets.places.root / "data" / "link").symlink_to(outside)
