@@ -1,0 +1,215 @@
+"""Run: one run while it trains and after; sample, save, pause, stop, resume; which step was the best."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import gradio as gr
+from markupsafe import Markup
+
+from lora_diffusion.errors import UserError
+from lora_diffusion.jobs.condition import ACTIVE
+from lora_diffusion.jobs.queue import Job
+from lora_diffusion.jobs.release import release
+from lora_diffusion.runs import RunFolder
+from webui.components.chart import Line, render_chart, render_legend
+from webui.components.html import html
+from webui.components.live import live
+from webui.components.monitor import (
+    render_comparison,
+    render_files,
+    render_head,
+    render_log,
+    render_matrix,
+)
+from webui.services.follow import Follower
+from webui.services.site import Site
+from webui.translate import Translator
+
+BUTTONS: dict[str, tuple[str, ...]] = {
+    "sample": ("running",),
+    "save": ("running",),
+    "pause": (*ACTIVE, "queued"),
+    "stop": (*ACTIVE, "paused"),
+    "resume": ("paused", "stopped", "interrupted", "failed"),
+    "retry": ("failed", "interrupted", "cancelled"),
+    "cancel": ("queued",),
+}
+"""What can be asked of a run, and in which states it makes sense."""
+
+
+def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
+    """Layout and events."""
+    head = gr.HTML(elem_id="run-head", apply_default_css=False)
+    with gr.Row(elem_classes="buttons"):
+        buttons = {
+            name: gr.Button(
+                t(f"run.{name}"),
+                elem_id=f"run-{name}",
+                visible=False,
+                size="md",
+                variant="stop" if name == "stop" else "primary" if name == "resume" else "secondary",
+            )
+            for name in BUTTONS
+        }
+        again = gr.Button(t("run.copy"), elem_id="run-copy", visible=False, size="md")
+    said = gr.HTML(elem_id="run-said", apply_default_css=False)
+    with gr.Row(elem_classes="train", equal_height=False):
+        with gr.Column(scale=5, min_width=320):
+            chart = gr.HTML(elem_id="run-chart", apply_default_css=False)
+            with gr.Row(elem_classes="chart-options"):
+                is_log = gr.Checkbox(label=t("run.log_scale"), value=True, elem_id="run-log-scale", container=False)
+                smoothing = gr.Slider(
+                    0, 0.99, 0.9, step=0.01, label=t("run.smoothing"), elem_id="run-smoothing", buttons=[]
+                )
+            matrix = gr.HTML(
+                elem_id="run-samples",
+                apply_default_css=False,
+                js_on_load="""element.addEventListener('click', (event) => {
+                    const star = event.target.closest('[data-star]');
+                    if (star) trigger('select', { step: Number(star.dataset.star) });
+                });""",
+            )
+        with gr.Column(scale=3, min_width=320):
+            comparison = gr.HTML(elem_id="run-comparison", apply_default_css=False)
+            files = gr.HTML(elem_id="run-files", apply_default_css=False)
+            log = gr.HTML(elem_id="run-log", apply_default_css=False)
+
+    def draw(request: gr.Request, scale: bool, smooth: float) -> list[Markup]:
+        job = _job(site, request)
+        if job is None:
+            return [_missing(t), *[Markup("")] * 5]
+        follower = site.followers.of(job.run)
+        with follower.lock:
+            return [
+                render_head(t, job, site.run_id(job), time.time()),
+                _chart(t, follower, bool(scale), float(smooth)),
+                *_pictures(site, t, follower),
+                render_files(t, follower.run.adapters(), follower.run.checkpoints()),
+                render_log(t, follower.read_log()),
+            ]
+
+    live(demo, draw, [head, chart, matrix, comparison, files, log], [is_log, smoothing])
+
+    shown = gr.State("")
+
+    def choose_buttons(status: str, request: gr.Request) -> list[object]:
+        job = _job(site, request)
+        now = job.status if job else "none"
+        if now == status:
+            return [gr.skip()] * (len(buttons) + 2)
+        return [
+            now,
+            *(gr.Button(visible=now in states) for states in BUTTONS.values()),
+            gr.Button(visible=job is not None),
+        ]
+
+    quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    follow = {"fn": choose_buttons, "inputs": shown, "outputs": [shown, *buttons.values(), again]}
+    gr.on([demo.load, gr.Timer(1.5).tick], **follow, **quick)
+
+    def asking(name: str) -> Callable[[gr.Request], str]:
+        def ask(request: gr.Request) -> str:
+            job = _job(site, request)
+            if job is None:
+                return ""
+            try:
+                _ask(site, job, name)
+            except UserError as error:
+                return _said(str(error), bad=True)
+            return _said(t(f"run.{name}.done"))
+
+        return ask
+
+    for name, button in buttons.items():
+        button.click(asking(name), None, said, **quick).then(**follow, **quick)
+    again.click(
+        None,
+        js="() => window.location.assign("
+        f"'{t.href('/')}?copy=' + encodeURIComponent(new URLSearchParams(location.search).get('id')))",
+        api_visibility="private",
+    )
+
+    def star(request: gr.Request, event: gr.EventData) -> str:
+        job, step = _job(site, request), event._data.get("step")
+        if job is None or type(step) is not int:
+            return ""
+        try:
+            path = release(RunFolder(job.run), step)
+        except UserError as error:
+            return _said(str(error), bad=True)
+        return _said(t("run.star.done", step=step, file=path.name))
+
+    matrix.select(star, None, said, **quick)
+
+
+def _job(site: Site, request: gr.Request) -> Job | None:
+    return site.find_run(str(request.query_params.get("id", "")))
+
+
+def _ask(site: Site, job: Job, name: str) -> None:
+    if name == "sample":
+        RunFolder(job.run).ask("sample_now")
+    elif name == "save":
+        RunFolder(job.run).ask("save_now")
+    else:
+        getattr(site.queue, name)(job.id)
+
+
+def _chart(t: Translator, follower: Follower, is_log: bool, smoothing: float) -> Markup:
+    loss = follower.run.series("loss", smoothing=min(max(smoothing, 0.0), 0.99))
+    if not loss.steps:
+        return html(
+            '<div class="card chart"><h2>{title}</h2><p class="empty">{text}</p></div>',
+            title=t("run.loss"),
+            text=t("run.no_loss"),
+        )
+    held_out, rate = follower.run.series("val_loss"), follower.run.series("lr")
+    lines = [
+        Line("", 1, list(zip(loss.steps, loss.values, strict=True)), is_faint=True),
+        Line(t("run.loss"), 1, list(zip(loss.steps, loss.smoothed, strict=True))),
+        Line(t("run.val_loss"), 2, list(zip(held_out.steps, held_out.values, strict=True)), is_dashed=True),
+    ]
+    rates = [Line(t("run.lr"), 3, list(zip(rate.steps, rate.values, strict=True)))]
+    word = t("run.step")
+    return html(
+        '<div class="card chart"><h2>{title}</h2>{legend}{loss}<h3>{rate}</h3>{rates}</div>',
+        title=t("run.loss"),
+        legend=render_legend(lines),
+        loss=render_chart(lines, step_word=word, is_log=is_log, label=t("run.loss")),
+        rate=t("run.lr"),
+        rates=render_chart(rates, step_word=word, is_low=True, label=t("run.lr")),
+    )
+
+
+def _pictures(site: Site, t: Translator, follower: Follower) -> list[Markup]:
+    previews = follower.run.previews()
+    pictures = {place: site.places.id_of(path) for place, path in previews.pictures.items()}
+    entries = follower.run.adapters()
+    starred = next((entry.step for entry in entries if entry.is_released), None)
+    return [
+        render_matrix(
+            t,
+            previews.prompts,
+            previews.steps,
+            pictures,
+            [site.places.id_of(path) for path in previews.asked],
+            starred,
+            frozenset(entry.step for entry in entries if entry.step is not None),
+        ),
+        render_comparison(t, previews.prompts, previews.steps, pictures),
+    ]
+
+
+def _missing(t: Translator) -> Markup:
+    return html(
+        '<div class="card"><p class="empty"><strong>{a}</strong><a href="{href}">{b}</a></p></div>',
+        a=t("run.missing"),
+        href=t.href("/runs"),
+        b=t("run.missing.hint"),
+    )
+
+
+def _said(text: str, *, bad: bool = False) -> str:
+    return str(html('<p class="said {kind}" role="status">{text}</p>', kind="bad" if bad else "good", text=text))

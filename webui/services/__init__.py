@@ -1,0 +1,1 @@
+"""What the pages need from disk and from other processes. Nothing here imports gradio."""

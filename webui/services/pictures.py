@@ -1,0 +1,90 @@
+"""Pictures for the browser: only by id, only from the workspace, always drawn anew at the size that is shown.
+
+What leaves the server is a WebP that we encoded, so a file that is something else than a picture goes nowhere.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from lora_diffusion.errors import UserError
+from lora_diffusion.files import sha256_of, write_bytes_atomically
+from webui.services.places import IMAGE_SUFFIXES, Places
+
+WIDTHS = (96, 160, 240, 320, 480, 640, 1024, 2048)
+"""What `?w=` is rounded up to, so that the cache cannot be filled with a thumbnail per pixel."""
+
+MAX_PIXELS = 100_000_000
+MAX_FILE_BYTES = 200_000_000
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+
+_PREVIEW = re.compile(r"(?:.+/)?previews/(?:now-)?\d{6,8}-\d{1,4}\.png")
+
+
+class PictureError(UserError):
+    """There is no such picture, or it cannot be shown."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Thumbnails of the pictures in `places`, kept in `cache` under a hash of their content."""
+
+    places: Places
+    cache: Path
+    _hashes: dict[tuple[str, int, int], str] = field(default_factory=dict, compare=False)
+
+    def thumbnail(self, kind: str, id: str, width: int) -> bytes:
+        """The picture `id` at most `width` pixels wide, as WebP. Raises PictureError."""
+        path = self._find(kind, id)
+        width = next((step for step in WIDTHS if step >= width), WIDTHS[-1])
+        cached = self.cache / f"{self._hash(path)}-{width}.webp"
+        try:
+            return cached.read_bytes()
+        except OSError:
+            pass
+        data = _encode(path, width)
+        try:
+            self.cache.mkdir(parents=True, exist_ok=True)
+            write_bytes_atomically(cached, data)
+        except OSError:
+            pass  # a full disk must not hide the picture
+        return data
+
+    def _find(self, kind: str, id: str) -> Path:
+        if kind not in ("preview", "dataset") or (kind == "preview" and not _PREVIEW.fullmatch(id)):
+            raise PictureError("There is no such picture.")
+        path = self.places.resolve(id)
+        if path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
+            raise PictureError("There is no such picture.")
+        return path
+
+    def _hash(self, path: Path) -> str:
+        stat = path.stat()
+        key = (str(path), stat.st_mtime_ns, stat.st_size)
+        if key not in self._hashes:
+            if len(self._hashes) > 20_000:
+                self._hashes.clear()
+            self._hashes[key] = sha256_of(path)[:32]
+        return self._hashes[key]
+
+
+def _encode(path: Path, width: int) -> bytes:
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise PictureError("The picture is too large to be shown.")
+            image.draft("RGB", (width, width))
+            upright = ImageOps.exif_transpose(image).convert("RGBA" if "A" in image.getbands() else "RGB")
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError):
+        raise PictureError("The file is not a picture that can be read.") from None
+    if upright.width > width:
+        height = max(1, round(upright.height * width / upright.width))
+        upright = upright.resize((width, height), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    upright.save(buffer, "WEBP", quality=88, method=3)
+    return buffer.getvalue()

@@ -1,0 +1,46 @@
+"""What every page is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lora_diffusion.errors import UserError
+from lora_diffusion.jobs.queue import Job, Queue
+from lora_diffusion.workspace import Workspace
+from webui.services.follow import Followers
+from webui.services.pictures import Pictures
+from webui.services.places import Places
+
+
+@dataclass(frozen=True)
+class Site:
+    """The workspace and the services that look into it."""
+
+    places: Places
+    queue: Queue
+    pictures: Pictures
+    followers: Followers = field(default_factory=Followers)
+
+    @property
+    def workspace(self) -> Workspace:
+        return self.places.workspace
+
+    def run_id(self, job: Job) -> str:
+        """What names a run in addresses: its folder, which stays the same whoever starts it."""
+        return self.places.id_of(job.run)
+
+    def find_run(self, id: str) -> Job | None:
+        """The job of a run folder; None if the queue knows none or the id leads out of the workspace."""
+        try:
+            path = self.places.resolve(id)
+        except UserError:
+            return None
+        return next((job for job in self.queue.jobs() if job.run.resolve() == path), None)
+
+
+def make_site(root: Path, also: tuple[Path, ...] = (), queue: Queue | None = None) -> Site:
+    """root: the workspace's folder. queue: another one than the workspace's own, for tests."""
+    workspace = Workspace(root.resolve())
+    places = Places(workspace, tuple(folder.resolve() for folder in also))
+    return Site(places, queue or Queue(workspace), Pictures(places, workspace.thumbnails))
