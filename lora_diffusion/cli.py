@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lora_diffusion import cli_queue
+from lora_diffusion import cli_files, cli_queue
 from lora_diffusion.cli_base import DebugOption, app, errors_as_messages
 from lora_diffusion.progress import bar, silent
 
 if TYPE_CHECKING:
     from lora_diffusion.generation.request import Request
 
-__all__ = ["app", "cli_queue", "errors_as_messages", "main", "train"]  # importing cli_queue adds its commands
+__all__ = ["app", "cli_files", "cli_queue", "errors_as_messages", "main", "train"]  # importing cli_* adds their commands
 
 ConfigOption = Annotated[Path, typer.Option("--config", help="The run's TOML file.")]
 SetOption = Annotated[
@@ -77,6 +77,9 @@ def generate(
     count: Annotated[int, typer.Option(min=1, help="Pictures per prompt.")] = 1,
     clip_skip: Annotated[int, typer.Option(min=1, help="1 is the text encoder's last layer.")] = 1,
     precision: Annotated[str, typer.Option(help="auto, fp32, fp16 or bf16.")] = "auto",
+    configs: Annotated[
+        Path | None, typer.Option(help="Diffusers folder with the configs and the tokenizer of a single-file base.")
+    ] = None,
     debug: DebugOption = False,
 ) -> None:
     """Draw pictures with any number of adapters, each at its own strength."""
@@ -104,7 +107,8 @@ def generate(
             for text in prompt
             for index in range(count)
         ]
-        for path in write_pictures(base, list(adapters), requests, out, precision=precision, track=bar):
+        files = list(adapters)
+        for path in write_pictures(base, files, requests, out, precision=precision, configs=configs, track=bar):
             typer.echo(path)
 
 

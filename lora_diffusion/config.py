@@ -127,14 +127,20 @@ class ModelConfig(Section):
 
     path: Text
     """Folder in diffusers layout, a single `.safetensors` checkpoint, or a Hugging Face id such as `owner/model`."""
-    family: Literal["auto", "sd1"] = "auto"
-    """Model family. `auto`: read from the model's files."""
+    configs: FilePath | None = None
+    """Folder in diffusers layout with the configs and the tokenizer of a single-file checkpoint; only what is there is
+    used, the rest is the family's own."""
+    family: Literal["auto", "sd1", "sd2", "sdxl"] = "auto"
+    """Model family: SD 1.x, SD 2.x or SDXL. `auto`: read from the model's files."""
     prediction: Literal["auto", "epsilon", "v"] = "auto"
-    """What the model predicts: the noise or the velocity. `auto`: as the model's scheduler config says."""
+    """What the model predicts: the noise or the velocity. `auto`: as the model's files say, else the noise. A value
+    that contradicts the files is refused."""
     zero_terminal_snr: Auto | bool = "auto"
-    """Whether the last timestep is pure noise. `auto`: as the model's scheduler config says."""
+    """Whether the last timestep is pure noise. `auto`: as the model's files say, else not. A value that contradicts the
+    files is refused."""
     clip_skip: int = Field(default=1, ge=1, le=12)
-    """Which layer of the text encoder to read, counted from the end as in A1111: 1 is the last one."""
+    """Which layer of the text encoder to read, counted from the end as in A1111: 1 is the last one. SDXL always reads
+    the last but one."""
     max_tokens: Literal[75, 150, 225] = 75
     """Longest caption in tokens; what goes beyond it is cut off and reported. Longer costs time and memory."""
     quantise: Literal["none", "nf4", "int8"] = "none"
@@ -202,7 +208,8 @@ class DatasetConfig(Section):
     path: FilePath
     """Folder of images, each with a caption in a `.txt` or `.caption` file of the same name, or in `metadata.jsonl`."""
     resolution: Side | WidthHeight = 512
-    """Side of the training images in pixels, or `[width, height]`. With buckets: their area. 512 suits SD 1.x."""
+    """Side of the training images in pixels, or `[width, height]`. With buckets: their area. 512 suits SD 1.x,
+    768 SD 2.1, 1024 SDXL."""
     repeats: int = Field(default=1, ge=1, le=100_000)
     """How often each image is seen per epoch; balances folders of different size."""
     default_caption: str | None = None

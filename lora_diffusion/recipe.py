@@ -39,7 +39,7 @@ from lora_diffusion.training.optimizers import build_optimizer, learning_rate_cu
 from lora_diffusion.training.previews import Previewer
 from lora_diffusion.training.regularise import Regulariser
 from lora_diffusion.training.resume import resume_from_newest
-from lora_diffusion.training.step import DenoisingLoss, train_only_adapters
+from lora_diffusion.training.step import DenoisingLoss, cached_text, train_only_adapters
 from lora_diffusion.training.trainer import Plan, Trainer
 from lora_diffusion.training.validation import Validator
 
@@ -74,8 +74,10 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     """Accelerate's view of devices and processes. The loss scaler is on for fp16 only."""
     device = resolve_device(config.run.device)
     uses_fp16 = resolve_precision(config.run.precision, device) == torch.float16
-    # An adapter that module dropout leaves out gets no gradient, which several processes have to be told.
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=config.adapter.module_dropout > 0)
+    # Several processes have to be told that adapters may go without a gradient: those that module dropout leaves out,
+    # and those of a text encoder's layers behind the one that is read.
+    may_be_unused = config.adapter.module_dropout > 0 or config.adapter.text_encoder
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=may_be_unused)
     return Accelerator(cpu=device.type == "cpu", mixed_precision="fp16" if uses_fp16 else "no", kwargs_handlers=[ddp])
 
 
@@ -99,18 +101,23 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
 
 def load_base(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> DiffusionModel:
     """The base that training sees: with the adapters of `model.merge` in its weights."""
-    model = load_model(
+
+    def prepare(model: DiffusionModel) -> None:
+        model.check_clip_skip(config.model.clip_skip)
+        merge_into_base(config, model)
+
+    return load_model(
         config.model.path,
         family=config.model.family,
         prediction=config.model.prediction,
         zero_terminal_snr=config.model.zero_terminal_snr,
+        configs=config.model.configs,
         dtype=dtype,
         device=device,
         attention=config.model.attention,
         quantise=config.model.quantise,
+        prepare=prepare,
     )
-    merge_into_base(config, model)
-    return model
 
 
 # Assembly
@@ -141,12 +148,12 @@ def _assemble(
         clip_skip=config.model.clip_skip,
         chunks=config.model.max_tokens // 75,
     )
-    cached_text = None if config.adapter.text_encoder else text
+    text_cache = None if config.adapter.text_encoder else text
 
     def encode(captions: Sequence[str]) -> Conditioning:
-        if cached_text is None:
+        if text_cache is None:
             return loss.encode(tuple(captions))
-        return Conditioning(torch.stack([cached_text.get(caption) for caption in captions]).to(accelerator.device))
+        return cached_text(text_cache, captions, accelerator.device)
 
     exporter = Exporter(
         parts=model.parts,
@@ -163,7 +170,7 @@ def _assemble(
         accelerator=accelerator,
         loss=loss,
         source=_batch_source(config, model, data, latents, accelerator),
-        text=cached_text,
+        text=text_cache,
         parameters=parameters,
         optimizer=_optimizer(config, groups),
         learning_rate_curve=learning_rate_curve(

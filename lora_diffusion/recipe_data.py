@@ -101,9 +101,9 @@ def fill_caches(
     chunks = config.model.max_tokens // 75
     clip_skip = config.model.clip_skip
 
-    def encode(captions: Sequence[str]) -> torch.Tensor:
+    def encode(captions: Sequence[str]) -> dict[str, torch.Tensor]:
         with torch.no_grad():
-            return model.encode_text(captions, clip_skip=clip_skip, chunks=chunks).hidden.cpu()
+            return model.encode_text(captions, clip_skip=clip_skip, chunks=chunks).texts()
 
     text = TextCache(folder, f"{model.text_encoder_id}-skip{clip_skip}-chunks{chunks}", encode)
     if not config.adapter.text_encoder:

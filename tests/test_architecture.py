@@ -57,6 +57,7 @@ NEVER_TORCH = [
         "cli",
         "cli_base",
         "cli_queue",
+        "cli_files",
     ),
     *("jobs.queue", "jobs.runner", "jobs.follow", "jobs.device_lock"),
     *("data.captions", "data.buckets", "formats.metadata"),

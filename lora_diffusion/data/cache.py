@@ -34,6 +34,7 @@ from lora_diffusion.progress import Track, silent
 logger = logging.getLogger(__name__)
 
 LAYOUT_VERSION = 1
+TEXT_LAYOUT_VERSION = 2
 MEMORY_BYTES = 2 * 2**30
 """Entries are kept in memory up to this size in all; the rest is read from disk when needed."""
 
@@ -43,8 +44,11 @@ _MAX_THREADS = 4
 EncodeImages = Callable[[Tensor], tuple[Tensor, Tensor]]
 """(B, 3, H, W) in [-1, 1] -> mean and standard deviation of the latents, each (B, C, h, w)."""
 
-EncodeTexts = Callable[[list[str]], Tensor]
-"""Captions -> embeddings (B, T, D)."""
+TextEntry = dict[str, Tensor]
+"""What the model is told of one caption: {"hidden": (T, D)}, and {"pooled": (P,)} for families that have it."""
+
+EncodeTexts = Callable[[list[str]], Mapping[str, Tensor]]
+"""Captions -> the tensors of `TextEntry`, with a batch dimension in front."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +211,7 @@ class TextCache:
         self._store = TensorStore(folder / "texts" if folder else None)
         self._encoder_id = encoder_id
         self._encode: EncodeTexts | None = encode
-        self._memory: OrderedDict[str, Tensor] = OrderedDict()  # least recently used first
+        self._memory: OrderedDict[str, TextEntry] = OrderedDict()  # least recently used first
         self._free_bytes = memory_bytes
 
     def fill(self, captions: Sequence[str], batch_size: int, track: Track = silent) -> CacheReport:
@@ -222,49 +226,49 @@ class TextCache:
                 missing.append(caption)
         batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
         for batch in track(batches, "Encoding captions"):
-            for caption, embedding in zip(batch, self._encode_batch(batch), strict=True):
+            for caption, entry in zip(batch, self._encode_batch(batch), strict=True):
                 key = self.key(caption)
-                self._store.save(key, {"hidden": embedding})
-                self._remember(key, embedding)
+                self._store.save(key, entry)
+                self._remember(key, entry)
         return CacheReport(hits, len(missing) - rebuilt, rebuilt)
 
-    def get(self, caption: str) -> Tensor:
-        """The caption's embedding, (T, D), float32. Encoded if need be, except in a data loader worker (RunError)."""
+    def get(self, caption: str) -> TextEntry:
+        """The caption's tensors, float32. Encoded if need be, except in a data loader worker (RunError)."""
         if (found := self._find(caption)) is not None:
             return found
         if self._encode is None:
             raise RunError(f"The caption {caption[:80]!r} is not cached, and a data loader worker cannot encode it.")
-        embedding = self._encode_batch([caption])[0]
-        self._remember(self.key(caption), embedding)
-        return embedding
+        entry = self._encode_batch([caption])[0]
+        self._remember(self.key(caption), entry)
+        return entry
 
     def key(self, caption: str) -> str:
         """The entry's name: a hash of all that its numbers depend on."""
-        return _hash(["texts", LAYOUT_VERSION, self._encoder_id, caption])
+        return _hash(["texts", TEXT_LAYOUT_VERSION, self._encoder_id, caption])
 
-    def _find(self, caption: str) -> Tensor | None:
+    def _find(self, caption: str) -> TextEntry | None:
         key = self.key(caption)
         if key in self._memory:
             self._memory.move_to_end(key)
             return self._memory[key]
         if (tensors := self._store.load(key)) is None:
             return None
-        self._remember(key, tensors["hidden"])
-        return tensors["hidden"]
+        self._remember(key, tensors)
+        return tensors
 
-    def _encode_batch(self, captions: list[str]) -> list[Tensor]:
+    def _encode_batch(self, captions: list[str]) -> list[TextEntry]:
         assert self._encode is not None
         with torch.no_grad():
-            hidden = self._encode(captions).to("cpu", torch.float32).contiguous()
-        if not hidden.isfinite().all():
+            tensors = {name: t.to("cpu", torch.float32).contiguous() for name, t in self._encode(captions).items()}
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
             raise RunError(f"The text encoder gives NaN or infinity for one of {captions!r:.200}.")
-        return [row.clone() for row in hidden]
+        return [{name: tensor[row].clone() for name, tensor in tensors.items()} for row in range(len(captions))]
 
-    def _remember(self, key: str, embedding: Tensor) -> None:
-        self._memory[key] = embedding
-        self._free_bytes -= embedding.nbytes
+    def _remember(self, key: str, entry: TextEntry) -> None:
+        self._memory[key] = entry
+        self._free_bytes -= _num_bytes(entry)
         while self._free_bytes < 0 and len(self._memory) > 1:
-            self._free_bytes += self._memory.popitem(last=False)[1].nbytes
+            self._free_bytes += _num_bytes(self._memory.popitem(last=False)[1])
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_encode": None}
@@ -317,6 +321,10 @@ class TensorStore:
     @staticmethod
     def _path(folder: Path, key: str) -> Path:
         return folder / key[:2] / f"{key}.safetensors"
+
+
+def _num_bytes(entry: TextEntry) -> int:
+    return sum(tensor.nbytes for tensor in entry.values())
 
 
 def _checksum(key: str, tensors: Mapping[str, Tensor]) -> Tensor:

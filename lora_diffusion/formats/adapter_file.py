@@ -122,21 +122,23 @@ class AdapterFile:
             for part, by_path in adapters.items()
             for path, adapter in by_path.items()
         }
-        return cls(_with_one_alpha_per_text_encoder(modules), metadata or {}, family=family)
+        return cls(_with_one_alpha_per_part(modules), metadata or {}, family=family)
 
-    def write(self, path: Path, *, format: Format = "kohya", dtype: torch.dtype = torch.float16) -> None:
+    def write(self, path: Path, *, format: Format = "kohya", dtype: torch.dtype | None = torch.float16) -> None:
         """Replaces `path` atomically, then reads it back and compares.
 
-        format: "peft" is for diffusers 0.34 or newer; it says alpha in its metadata, and only has LoRA and DoRA with
-        magnitudes per output. Raises AdapterFileError if it cannot hold this adapter, RunError if a value does not fit
-        `dtype`, if the disk is full, or if the file reads back differently.
+        dtype: of all weights; None leaves each as it is. alpha is float32 always. format: "peft" is for diffusers 0.34
+        or newer; it says alpha in its metadata, and only has LoRA and DoRA with magnitudes per output. Raises
+        AdapterFileError if it cannot hold this adapter, RunError if a value does not fit `dtype`, if the disk is full,
+        or if the file reads back differently.
         """
         tensors = self._tensors(format, dtype)
         for key, tensor in tensors.items():
             if not bool(torch.isfinite(tensor).all()):
+                kind = str(tensor.dtype).removeprefix("torch.")
                 raise RunError(
-                    f"{path}: {key} is not finite as {str(dtype).removeprefix('torch.')}, so the adapter was not "
-                    "saved. Lower the learning rate if the loss was not finite either, otherwise save as float32."
+                    f"{path}: {key} is not finite as {kind}, so the adapter was not saved. Lower the learning "
+                    "rate if the loss was not finite either, otherwise save as float32."
                 )
         data = save(tensors)
         try:
@@ -180,15 +182,15 @@ class AdapterFile:
             raise AdapterFileError(self._wrong_base(places, next(iter(self.modules))))
         return Attachment(tuple(matches), tuple(unread))
 
-    def _tensors(self, format: Format, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What the file holds: key → tensor in `dtype`."""
+    def _tensors(self, format: Format, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        """What the file holds: key → tensor in `dtype`, or in its own if that is None."""
         if format == "peft":
             tensors = peft_tensors(self.path, self.modules, self.kinds)
-            return {key: tensor.to(dtype).contiguous() for key, tensor in tensors.items()}
+            return {key: tensor.to(dtype or tensor.dtype).contiguous() for key, tensor in tensors.items()}
         return {
-            f"{name_in_file(name, self.family)}.{part}": tensor.to(torch.float32 if part == ALPHA else dtype).clone(
-                memory_format=torch.contiguous_format
-            )
+            f"{name_in_file(name, self.family)}.{part}": tensor.to(
+                torch.float32 if part == ALPHA else dtype or tensor.dtype
+            ).clone(memory_format=torch.contiguous_format)
             for name, parts in self.modules.items()
             for part, tensor in parts.items()
         }
@@ -291,9 +293,9 @@ def _scales(file: AdapterFile) -> dict[str, float]:
     }
 
 
-def _with_one_alpha_per_text_encoder(modules: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """The same changes with one alpha in each text encoder: diffusers reads differing ones wrong there."""
-    for prefix in ("lora_te_", "lora_te1_", "lora_te2_"):
+def _with_one_alpha_per_part(modules: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """The same changes with one alpha in each part: where they differ, diffusers takes the most frequent for many."""
+    for prefix in ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_"):
         members = [parts for name, parts in modules.items() if name.startswith(prefix) and UP in parts]
         alphas = Counter(parts[ALPHA].item() for parts in members)
         if len(alphas) > 1:

@@ -71,6 +71,18 @@ def name_in_file(name: str, family: str) -> str:
         return name
 
 
+def usual_name(name: str, family: str) -> str:
+    """The canonical name that every reader looks for, where some program wrote this module under a rarer one.
+
+    The one text encoder of SD 1.x and 2.x is `lora_te`, the first of SDXL `lora_te1`, and both have a `text_model`.
+    """
+    if family == "sdxl":
+        name = re.sub(r"^lora_te_", "lora_te1_", name)
+    elif family:
+        name = re.sub(r"^lora_te1_", "lora_te_", name)
+    return re.sub(r"^(lora_te[12]?)_encoder_layers_", r"\1_text_model_encoder_layers_", name)
+
+
 def kohya_name(prefix: str, path: str) -> str:
     """("lora_unet", "mid_block.attentions.0.proj_in") -> "lora_unet_mid_block_attentions_0_proj_in"."""
     return f"{prefix}_{path}".replace(".", "_")

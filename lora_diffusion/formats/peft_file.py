@@ -36,11 +36,18 @@ def peft_tensors(path: Path | None, modules: Modules, kinds: Collection[str]) ->
             "format, or make a LoRA of it first with `lora-diffusion resize`."
         )
     tensors: dict[str, Tensor] = {}
+    has_magnitudes: dict[str, bool] = {}
     for name, parts in modules.items():
         try:
             module = peft_name(name)
         except ValueError as error:
             raise AdapterFileError(f"{path}: no PEFT name for this module: {error}.") from None
+        component = module.partition(".")[0]
+        if has_magnitudes.setdefault(component, DORA_SCALE in parts) != (DORA_SCALE in parts):
+            raise AdapterFileError(
+                f"{path or 'This adapter'}: some modules of its {component} are DoRA and some, such as {name}, are "
+                "not; a PEFT file can only say so of all together. Keep the kohya format."
+            )
         tensors[f"{module}.lora_A.weight"] = whole_down(parts)
         tensors[f"{module}.lora_B.weight"] = parts[UP]
         if DORA_SCALE in parts:
@@ -74,7 +81,7 @@ def peft_metadata(modules: Modules) -> dict[str, str]:
             f"{component}.rank_pattern": {path: ranks[path] for path in ordered if ranks[path] != rank},
             f"{component}.alpha_pattern": {path: alphas[path] for path in ordered if alphas[path] != alpha},
             f"{component}.target_modules": sorted(members),
-            f"{component}.use_dora": any(DORA_SCALE in parts for parts in members.values()),
+            f"{component}.use_dora": all(DORA_SCALE in parts for parts in members.values()),
             f"{component}.use_rslora": False,
             f"{component}.lora_bias": False,
         }

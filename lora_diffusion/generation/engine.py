@@ -27,7 +27,7 @@ from lora_diffusion.errors import RunError, UserError
 from lora_diffusion.formats.adapter_file import AdapterFile
 from lora_diffusion.generation.request import Request, check_adapter_name, resolve_tags
 from lora_diffusion.generation.samplers import Scheduler, build_scheduler, sampler_named, takes_generator
-from lora_diffusion.models.base import Conditioning, DiffusionModel
+from lora_diffusion.models.base import Conditioning, DiffusionModel, size_numbers
 
 __all__ = ["Engine", "Request"]
 
@@ -100,6 +100,7 @@ class Engine:
         request = resolve_tags(request)
         self._check_loaded(request.adapters)
         _check_numbers(request, self.model.schedule.num_steps)
+        self.model.check_clip_skip(request.clip_skip)
         sampler_named(request.sampler)
         width, height = request.size or self.model.default_size
         _check_size(width, height, self.model.resolution_step)
@@ -174,6 +175,8 @@ class Engine:
     def _denoise(self, batch: _Batch, conditioning: Conditioning, progress: _Progress) -> Tensor:
         """Latents of all images, float32 (B, C, h, w)."""
         self._use_adapters(batch.requests)
+        size = batch.requests[0].size or self.model.default_size
+        conditioning = conditioning.with_size(torch.tensor(size_numbers(size, (0, 0), size)))
         scheduler, cfg = batch.scheduler, batch.requests[0].cfg
         generators = [torch.Generator("cpu").manual_seed(request.seed) for request in batch.requests]
         extra: dict[str, Any] = {"generator": generators} if takes_generator(scheduler) else {}

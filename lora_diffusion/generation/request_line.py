@@ -39,18 +39,20 @@ def write_pictures(
     out: Path,
     *,
     precision: str = "auto",
+    configs: Path | None = None,
     track: Track = silent,
 ) -> list[Path]:
     """Draw `requests` into the folder `out`, each with its settings in the PNG; returns the files in order.
 
-    adapters: files, which requests know by their name without the ending. Pictures are numbered on from those that the
-    folder has. Raises UserError before anything is drawn if a request or a file is wrong.
+    adapters: files, which requests know by their name without the ending. configs: see `load_model`. Pictures are
+    numbered on from those that the folder has. Raises UserError before anything is drawn if a request or a file is
+    wrong.
     """
     files = {adapter_name(path.stem): AdapterFile.read(path) for path in adapters}
     if len(files) < len(adapters):
         raise UserError("Two adapter files have the same name, so requests cannot tell them apart. Rename one of them.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    engine = Engine(load_model(base, dtype=_dtype(precision, device), device=device))
+    engine = Engine(load_model(base, configs=configs, dtype=_dtype(precision, device), device=device))
     for name, file in files.items():
         for note in file.notes:
             logger.warning("%s: %s", file.path, note)

@@ -9,7 +9,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
-from lora_diffusion.models.base import ModelError
+from lora_diffusion.models.errors import ModelError
 
 AttentionKind = Literal["auto", "sdpa", "eager", "xformers"]
 

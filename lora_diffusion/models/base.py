@@ -4,43 +4,77 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
-from lora_diffusion.diffusion.schedule import NoiseSchedule, Prediction, make_betas
-from lora_diffusion.errors import UserError
+from lora_diffusion.diffusion.schedule import NoiseSchedule
+from lora_diffusion.ldm_names import unet_to_ldm
+from lora_diffusion.models.errors import ModelError
+from lora_diffusion.models.schedules import schedule_of
+from lora_diffusion.models.vae import CheckedVAE
 
-
-class ModelError(UserError):
-    """A base model cannot be found, read or used."""
+__all__ = ["Conditioning", "DiffusionModel", "ModelError", "Part", "size_numbers", "weights_id"]
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the UNet is told about each image. hidden: (B, T, D). pooled: (B, P) for families that have it."""
+    """What the UNet is told about each image.
+
+    hidden: (B, T, D). pooled: (B, P) for families that have it. size: (B, 6), float32, see `size_numbers`; needed by
+    families that are told sizes, ignored by the others.
+    """
 
     hidden: Tensor
     pooled: Tensor | None = None
+    size: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.hidden)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
+        """Size stays float32: bfloat16 would round 1023 px to 1024."""
         pooled = None if self.pooled is None else self.pooled.to(device, dtype)
-        return Conditioning(self.hidden.to(device, dtype), pooled)
+        size = None if self.size is None else self.size.to(device)
+        return Conditioning(self.hidden.to(device, dtype), pooled, size)
+
+    def with_size(self, size: Tensor) -> Conditioning:
+        """The same texts for images of these sizes. size: (B, 6), or (6,) for all images alike."""
+        return replace(self, size=size.to(self.hidden.device, torch.float32).expand(len(self), 6))
 
     @classmethod
     def cat(cls, parts: Sequence[Conditioning]) -> Conditioning:
-        """One batch of several; all must have the same number of tokens."""
+        """One batch of several; all must have the same number of tokens and the same fields."""
         pooled = [part.pooled for part in parts if part.pooled is not None]
-        return cls(torch.cat([part.hidden for part in parts]), torch.cat(pooled) if pooled else None)
+        size = [part.size for part in parts if part.size is not None]
+        return cls(
+            torch.cat([part.hidden for part in parts]),
+            torch.cat(pooled) if pooled else None,
+            torch.cat(size) if size else None,
+        )
+
+    def texts(self) -> dict[str, Tensor]:
+        """What depends on the captions alone, by name: the fields to cache."""
+        return {"hidden": self.hidden} | ({} if self.pooled is None else {"pooled": self.pooled})
+
+
+def size_numbers(original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]) -> tuple[int, ...]:
+    """The six numbers of SDXL's size conditioning (Podell et al. 2023, arXiv:2307.01952, section 2.2).
+
+    original, target: (width, height) of the picture file and of what is drawn. crop: (left, top) in the resized
+    picture. The result is (original height, original width, top, left, target height, target width).
+    """
+    return (original[1], original[0], crop[1], crop[0], target[1], target[0])
+
+
+Rename = Callable[[str], str]
 
 
 @dataclass(frozen=True)
@@ -48,31 +82,42 @@ class Part:
     """A component that adapters can go into, and what its modules are called in adapter files.
 
     file_prefix: "lora_unet", "lora_te". file_root: a level that files have and module paths may lack, such as the
-    "text_model." that transformers 5 dropped from CLIP.
+    "text_model." that transformers 5 dropped from CLIP. rename: from a rooted path to the path in files, where they
+    differ. others: (prefix, rename) of each further spelling that files are found with.
     """
 
     module: nn.Module
     file_prefix: str
     file_root: str = ""
+    rename: Rename | None = None
+    others: tuple[tuple[str, Rename | None], ...] = ()
 
     def file_name(self, path: str) -> str:
-        """The name in kohya files of the module at dotted `path`: "lora_unet_down_blocks_0_…_attn1_to_q"."""
+        """The name in kohya files of the layer at dotted `path`: "lora_unet_down_blocks_0_…_attn1_to_q".
+
+        Raises ValueError for what is no layer, if files have other names than modules.
+        """
+        return self._name(path, self.file_prefix, self.rename)
+
+    def aliases(self, path: str) -> tuple[str, ...]:
+        """Other names under which files may have this layer."""
+        return tuple(self._name(path, prefix, rename) for prefix, rename in self.others)
+
+    def _name(self, path: str, prefix: str, rename: Rename | None) -> str:
         rooted = path if path.startswith(self.file_root) else self.file_root + path
-        return f"{self.file_prefix}_{rooted}".replace(".", "_")
+        return f"{prefix}_{rename(rooted) if rename else rooted}".replace(".", "_")
 
 
 class DiffusionModel(nn.Module, ABC):
     """A frozen text-to-image base in evaluation mode: UNet, VAE, and the family's text encoders.
 
-    The VAE stays float32 (SD's overflows in float16); UNet and text encoders are in `dtype`.
+    UNet and text encoders are in `dtype`, the VAE in a dtype of its own (see `CheckedVAE`).
     """
 
     family: ClassVar[str]
-    architecture: ClassVar[str]
-    """Its name in ModelSpec metadata."""
     schedule: NoiseSchedule
     scheduler_config: dict[str, Any]
-    """The base's own sampler settings, with `prediction_type` and `rescale_betas_zero_snr` as resolved here."""
+    """The base's own sampler settings, with `prediction_type` and `rescale_betas_zero_snr` as resolved."""
 
     def __init__(
         self,
@@ -81,14 +126,15 @@ class DiffusionModel(nn.Module, ABC):
         scheduler_config: Mapping[str, Any],
         *,
         dtype: torch.dtype,
-        prediction: Literal["auto"] | Prediction = "auto",
-        zero_terminal_snr: Literal["auto"] | bool = "auto",
     ) -> None:
+        """scheduler_config: as `resolve_scheduler` returns it. dtype: that of the UNet and the text encoders."""
         super().__init__()
         self.unet = unet.requires_grad_(False).eval()
         self.vae = vae.requires_grad_(False).eval()
         self.dtype = dtype
-        self.schedule, self.scheduler_config = _schedule(scheduler_config, prediction, zero_terminal_snr)
+        self.scheduler_config = dict(scheduler_config)
+        self.schedule = schedule_of(scheduler_config)
+        self._checked_vae = CheckedVAE(vae)
         # Parameters stay the same objects when adapters wrap their layers, so the ids below do not depend on adapters.
         self._vae_weights = tuple(vae.named_parameters())
 
@@ -96,6 +142,11 @@ class DiffusionModel(nn.Module, ABC):
     @abstractmethod
     def parts(self) -> dict[str, Part]:
         """The components adapters can go into, by the names "unet", "text_encoder", …"""
+
+    @property
+    @abstractmethod
+    def architecture(self) -> str:
+        """Its name in ModelSpec metadata."""
 
     @property
     @abstractmethod
@@ -116,8 +167,12 @@ class DiffusionModel(nn.Module, ABC):
         """Caption tokens without the begin and end marks."""
 
     @abstractmethod
+    def check_clip_skip(self, clip_skip: int) -> None:
+        """Raises ModelError if the family's text encoders cannot be read at this layer."""
+
+    @abstractmethod
     def encode_text(self, captions: Sequence[str], *, clip_skip: int = 1, chunks: int | None = 1) -> Conditioning:
-        """The conditioning of a batch of captions.
+        """The conditioning of a batch of captions, without sizes.
 
         clip_skip: 1 is the last layer, 2 the last but one, as in A1111 and sd-scripts. chunks: token chunks per caption
         (longer captions are cut); None is as many as the longest caption needs. Gradients flow if the encoder has
@@ -135,19 +190,19 @@ class DiffusionModel(nn.Module, ABC):
     def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the scaled latents, each float32 (B, C, H/f, W/f).
 
-        pixels: (B, 3, H, W) in [-1, 1]; H and W multiples of the latent factor f.
+        pixels: (B, 3, H, W) in [-1, 1]; H and W multiples of the latent factor f. Not finite where even float32
+        overflows.
         """
-        posterior = self.vae.encode(pixels.to(self.vae.device, torch.float32), return_dict=False)[0]
+        posterior = DiagonalGaussianDistribution(self._checked_vae.encode(pixels))
         scale, shift = self._latent_scale
         return (posterior.mean - shift) * scale, posterior.std * scale
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Pixels of scaled latents (B, C, h, w): float32 (B, 3, h·f, w·f), clamped to [-1, 1]."""
+        """Pixels of scaled latents (B, C, h, w): float32 (B, 3, h·f, w·f), clamped to [-1, 1]; NaN for overflow."""
         scale, shift = self._latent_scale
-        unscaled = latents.to(self.vae.device, torch.float32) / scale + shift
-        # diffusers annotates `FloatTensor` for what is any float tensor
-        return self.vae.decode(unscaled, return_dict=False)[0].clamp(-1, 1)  # pyright: ignore[reportArgumentType]
+        pixels = self._checked_vae.decode(latents.float() / scale + shift)
+        return pixels.clamp(-1, 1).masked_fill(~pixels.isfinite(), torch.nan)
 
     @property
     def _latent_scale(self) -> tuple[float, float]:
@@ -155,13 +210,20 @@ class DiffusionModel(nn.Module, ABC):
 
     @cached_property
     def vae_id(self) -> str:
-        """A hash of everything that decides the latents: the key of cached latents."""
+        """A hash of everything that decides the latents, the VAE's dtype included: the key of cached latents."""
         return weights_id("vae", self._vae_weights, self._latent_scale, self.vae.config["norm_num_groups"])
 
     @cached_property
     def text_encoder_id(self) -> str:
         """A hash of everything that decides the text encoding: the key of cached embeddings."""
         return self.hash_text_encoder()
+
+    @property
+    def unet_to_ldm(self) -> Rename:
+        """From the UNet's module paths to those of the first Stable Diffusion release."""
+        config = self.unet.config
+        plain = [i for i, kind in enumerate(config["up_block_types"]) if "Attn" not in kind]
+        return partial(unet_to_ldm, layers_per_block=config["layers_per_block"], plain_up_blocks=plain)
 
     @property
     def latent_channels(self) -> int:
@@ -192,35 +254,3 @@ def weights_id(kind: str, weights: Sequence[tuple[str, Tensor]], *settings: obje
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _schedule(
-    config: Mapping[str, Any],
-    prediction: Literal["auto"] | Prediction,
-    zero_terminal_snr: Literal["auto"] | bool,
-) -> tuple[NoiseSchedule, dict[str, Any]]:
-    """The training schedule of a diffusers scheduler config, and that config with the two choices resolved."""
-    types: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v"}
-    if prediction == "auto":
-        named = config.get("prediction_type", "epsilon")
-        if named not in types:
-            raise ModelError(
-                f"scheduler_config.json has prediction_type {named!r}; this version trains "
-                f"{' and '.join(types)}. If the file is wrong, set model.prediction."
-            )
-        prediction = types[named]
-    if zero_terminal_snr == "auto":
-        zero_terminal_snr = bool(config.get("rescale_betas_zero_snr", False))
-    if config.get("trained_betas") is not None:
-        betas = torch.tensor(config["trained_betas"], dtype=torch.float32)
-    else:
-        betas = make_betas(
-            config.get("beta_schedule", "scaled_linear"),
-            config.get("beta_start", 0.00085),
-            config.get("beta_end", 0.012),
-            config.get("num_train_timesteps", 1000),
-        )
-    resolved = {name: value for name, value in config.items() if not name.startswith("_")}
-    resolved["prediction_type"] = {"epsilon": "epsilon", "v": "v_prediction"}[prediction]
-    resolved["rescale_betas_zero_snr"] = zero_terminal_snr
-    return NoiseSchedule.from_betas(betas, prediction, zero_terminal_snr), resolved

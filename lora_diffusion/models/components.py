@@ -1,4 +1,4 @@
-"""Reads the parts of a base model: weights checked, cast and really loaded, or an error that names the file."""
+"""Reads the parts of a diffusers folder: weights checked, cast and really loaded, or an error that names the file."""
 
 from __future__ import annotations
 
@@ -13,63 +13,62 @@ import torch
 from accelerate import init_empty_weights
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from safetensors import safe_open
-from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from lora_diffusion.container import TensorInfo, read_header
-from lora_diffusion.models.base import ModelError
+from lora_diffusion.ldm_names import Place
+from lora_diffusion.models.errors import ModelError
+from lora_diffusion.models.tokenizers import read_tokenizer
+from lora_diffusion.models.weights import Stored, TensorFile, fill, misfits
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PARTS = {"sd1": ("unet", "vae", "text_encoder"), "sd2": ("unet", "vae", "text_encoder")}
+PARTS |= {"sdxl": ("unet", "vae", "text_encoder", "text_encoder_2")}
+"""Family → its modules, which are also the names of their folders."""
+
 Rename = Callable[[str], str | None]
 
 
 @dataclass(frozen=True)
+class Dtypes:
+    """Number formats in memory: of the UNet and the text encoders, and of the VAE."""
+
+    model: torch.dtype
+    vae: torch.dtype
+
+    def of(self, part: str) -> torch.dtype:
+        return self.vae if part == "vae" else self.model
+
+
+@dataclass(frozen=True)
 class Components:
-    """The parts of an SD 1.x model, on the CPU. unet and text_encoder in the dtype asked for, vae in float32."""
+    """A model's modules ("unet", "text_encoder_2", …) and tokenizers ("tokenizer", …), on the CPU."""
 
-    unet: UNet2DConditionModel
-    vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
-    scheduler_config: dict[str, Any]
+    modules: dict[str, nn.Module]
+    tokenizers: dict[str, CLIPTokenizer]
 
 
-def read_folder(folder: Path, dtype: torch.dtype) -> Components:
+def read_folder(folder: Path, family: str, dtypes: Dtypes) -> Components:
     """The parts in a diffusers folder; raises ModelError naming the file that is missing, damaged or does not fit."""
-    with init_empty_weights():
-        unet = cast(UNet2DConditionModel, UNet2DConditionModel.from_config(read_json(folder / "unet" / "config.json")))
-        vae = cast(AutoencoderKL, AutoencoderKL.from_config(read_json(folder / "vae" / "config.json")))
-        text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(read_json(folder / "text_encoder" / "config.json")))
-    _load(unet, folder / "unet", "diffusion_pytorch_model", dtype, _keep)
-    _load(vae, folder / "vae", "diffusion_pytorch_model", torch.float32, _current_vae_name)
-    _load(text_encoder, folder / "text_encoder", "model", dtype, _clip_rename(text_encoder))
-    scheduler_config = read_json(folder / "scheduler" / "scheduler_config.json")
-    return Components(unet, vae, text_encoder, _read_tokenizer(folder / "tokenizer"), scheduler_config)
+    modules = {part: empty_module(part, read_json(folder / part / "config.json")) for part in PARTS[family]}
+    for part, module in modules.items():
+        _load(module, folder / part, dtypes.of(part), _rename(part, module))
+    tokenizers = [part.replace("text_encoder", "tokenizer") for part in modules if part.startswith("text_encoder")]
+    return Components(modules, {name: read_tokenizer(folder / name) for name in tokenizers})
 
 
-def read_single_file(path: Path, dtype: torch.dtype, config_folder: Path) -> Components:
-    """The parts in a single-file checkpoint. It holds only weights: configs and tokenizer come from `config_folder`."""
-    # Imported here: the pipeline pulls in image processors and takes seconds, and folders need none of it.
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
-
-    read_header(path)
+def empty_module(part: str, config: Mapping[str, Any]) -> nn.Module:
+    """The module that `config` describes, its weights still to come. Raises ModelError if it describes none."""
     try:
-        pipeline = StableDiffusionPipeline.from_single_file(
-            str(path), config=str(config_folder), local_files_only=True, safety_checker=None
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"{path}: this checkpoint cannot be converted ({error}).") from error
-    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-        if unread := [name for name, tensor in part.state_dict().items() if tensor.is_meta or not is_finite(tensor)]:
-            raise ModelError(f"{path}: {unread[0]} is missing or not finite. Get the file again.")
-    return Components(
-        pipeline.unet.to(dtype=dtype),
-        pipeline.vae.to(dtype=torch.float32),
-        pipeline.text_encoder.to(dtype=dtype),
-        pipeline.tokenizer,
-        read_json(config_folder / "scheduler" / "scheduler_config.json"),
-    )
+        with init_empty_weights():
+            if part == "unet":
+                return cast(UNet2DConditionModel, UNet2DConditionModel.from_config(dict(config)))
+            if part == "vae":
+                return cast(AutoencoderKL, AutoencoderKL.from_config(dict(config)))
+            clip_config = CLIPTextConfig.from_dict(dict(config))
+            return CLIPTextModelWithProjection(clip_config) if part == "text_encoder_2" else CLIPTextModel(clip_config)
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        raise ModelError(f"{part}/config.json: no {part} can be made of it ({error}). Get the file again.") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -79,7 +78,8 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ModelError(
             f"{path} is missing: {path.parent.parent} is not a complete diffusers folder. "
-            "It needs model_index.json and the folders unet, vae, text_encoder, tokenizer and scheduler."
+            "It needs model_index.json and the folders unet, vae, text_encoder, tokenizer and scheduler, "
+            "and for SDXL text_encoder_2 and tokenizer_2."
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: cannot be read as JSON ({error}). Get the file again.") from error
@@ -119,56 +119,30 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _load(module: nn.Module, folder: Path, stem: str, dtype: torch.dtype, rename: Rename) -> None:
-    """Fills `module`, made without weights, from its files: names and shapes first, then one tensor at a time."""
-    files = weight_files(folder, stem)
-    found: dict[str, tuple[Path, str, TensorInfo]] = {}
-    for file in files:
-        for name, info in read_header(file).tensors.items():
-            if (renamed := rename(name)) is not None:
-                found[renamed] = (file, name, info)
-    _check_shapes(files[0], {name: info.shape for name, (_, _, info) in found.items()}, module.state_dict())
-    weights = {}
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in [name for name in found if found[name][0] == file]:
-                # A copy: the library's tensor is a view of the file, which may be replaced while training runs.
-                tensor = tensors.get_tensor(found[name][1]).to(dtype, copy=True)
-                if not is_finite(tensor):
-                    raise ModelError(
-                        f"{file}: {found[name][1]} holds NaN or infinity as {str(dtype).removeprefix('torch.')}. "
-                        "The base is damaged; get it again."
-                    )
-                weights[name] = tensor
-    module.load_state_dict(weights, strict=True, assign=True)
-
-
-def _check_shapes(file: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, Tensor]) -> None:
-    problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is unknown" for name in found if name not in expected]
-    problems += [
-        f"{name} has shape {found[name]} instead of {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in found and found[name] != tuple(tensor.shape)
-    ]
-    if problems:
-        listed = "; ".join(problems[:5])
+def _load(module: nn.Module, folder: Path, dtype: torch.dtype, rename: Rename) -> None:
+    """Fills `module` from its files: names and shapes first, then one tensor at a time."""
+    stem = "model" if folder.name.startswith("text_encoder") else "diffusion_pytorch_model"
+    files = [TensorFile(path) for path in weight_files(folder, stem)]
+    stored = {
+        renamed: Stored(file, Place(name))
+        for file in files
+        for name in file.header.tensors
+        if (renamed := rename(name)) is not None
+    }
+    expected = module.state_dict()
+    if problems := misfits(expected, stored):
         raise ModelError(
-            f"{file}: does not fit the config.json beside it, {len(problems)} of {len(expected)} tensors: {listed}. "
-            "The folder mixes files of different models."
+            f"{files[0].path}: does not fit the config.json beside it, {len(problems)} of {len(expected)} tensors: "
+            f"{'; '.join(problems[:5])}. The folder mixes files of different models."
         )
+    fill(module, stored, dtype)
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite, in one pass and without a mask of the tensor's size."""
-    if not tensor.is_floating_point() or tensor.numel() == 0:
-        return True
-    low, high = torch.aminmax(tensor)
-    return bool(torch.isfinite(low) and torch.isfinite(high))
-
-
-def _keep(name: str) -> str:
-    return name
+def _rename(part: str, module: nn.Module) -> Rename:
+    """From names in files to names in `module`; None for what the module does not use."""
+    if part == "unet":
+        return str
+    return _current_vae_name if part == "vae" else _clip_rename(module)
 
 
 def _current_vae_name(name: str) -> str:
@@ -179,20 +153,14 @@ def _current_vae_name(name: str) -> str:
 
 def _clip_rename(text_encoder: nn.Module) -> Rename:
     """Files have a `text_model.` level or not, and so have modules (transformers 4 yes, 5 no), independently."""
-    level = "text_model." if any(name.startswith("text_model.") for name in text_encoder.state_dict()) else ""
+    expected = text_encoder.state_dict()
+    level = "text_model." if any(name.startswith("text_model.") for name in expected) else ""
 
     def rename(name: str) -> str | None:
+        if name in expected:
+            return name
         if name.endswith("position_ids") or name in ("text_projection.weight", "logit_scale"):
-            return None  # a constant, and the parts of CLIP that Stable Diffusion 1.x does not use
+            return None  # a constant, and the parts of CLIP that only SDXL's second encoder uses, or nobody
         return level + name.removeprefix("text_model.")
 
     return rename
-
-
-def _read_tokenizer(folder: Path) -> CLIPTokenizer:
-    if not (folder / "vocab.json").exists() and not (folder / "tokenizer.json").exists():
-        raise ModelError(f"{folder / 'vocab.json'} is missing. Copy or download the model again.")
-    try:
-        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"{folder}: the tokenizer cannot be read ({error}). Get the folder again.") from error

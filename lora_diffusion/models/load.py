@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import shlex
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
@@ -12,15 +14,19 @@ from huggingface_hub import snapshot_download
 from lora_diffusion.container import read_header
 from lora_diffusion.diffusion.schedule import Prediction
 from lora_diffusion.models.attention import AttentionKind, set_attention
-from lora_diffusion.models.base import DiffusionModel, ModelError
-from lora_diffusion.models.components import PICKLE_SUFFIXES, read_folder, read_json, read_single_file
+from lora_diffusion.models.base import DiffusionModel
+from lora_diffusion.models.components import PICKLE_SUFFIXES, Dtypes, read_folder, read_json
+from lora_diffusion.models.errors import ModelError
 from lora_diffusion.models.families import FAMILIES, NAMES, Evidence, family_of_checkpoint, family_of_config
 from lora_diffusion.models.quantise import QuantiseKind, check_quantise, quantise_linears
+from lora_diffusion.models.schedules import evidence_of_scheduler, resolve_scheduler
+from lora_diffusion.models.single_file import checkpoint_schedule, read_checkpoint
 
-HUB_FILES = ("model_index.json", "*/*.json", "tokenizer/*")
-HUB_WEIGHTS = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model")
-SINGLE_FILE_CONFIG = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-"""Hub id of the configs and the tokenizer that single-file SD 1.x checkpoints rely on but do not hold."""
+HUB_FILES = ("model_index.json", "*/*.json", "tokenizer*/*")
+HUB_WEIGHTS = (
+    *("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model"),
+    *("text_encoder/model", "text_encoder_2/model"),
+)
 
 
 def load_model(
@@ -29,29 +35,48 @@ def load_model(
     family: str = "auto",
     prediction: Literal["auto"] | Prediction = "auto",
     zero_terminal_snr: Literal["auto"] | bool = "auto",
+    configs: Path | None = None,
     dtype: torch.dtype = torch.float32,
+    vae_dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     attention: AttentionKind = "auto",
     quantise: QuantiseKind = "none",
+    prepare: Callable[[DiffusionModel], None] | None = None,
 ) -> DiffusionModel:
     """The base model at `path`, frozen and in evaluation mode.
 
-    path: a diffusers folder, a single .safetensors checkpoint, or a hub id such as "owner/name".
-    quantise: how the UNet's linear layers are kept; they compute in `dtype` either way.
+    path: a diffusers folder, a single .safetensors checkpoint, or a hub id such as "owner/name". configs: a diffusers
+    folder with the configs and the tokenizer of a single file; what it lacks is the family's own. vae_dtype: None is
+    float16 for a half-precision base on a GPU, else float32; float16 rounds eight times finer than bfloat16, and what
+    overflows in it is computed again in float32.
+    quantise: how the UNet's linear layers are kept; they compute in `dtype` either way. prepare: called with the model
+    while it is on the CPU and no layer is quantised yet.
     Raises ModelError (or ContainerError for a damaged file) if it cannot be found, is a pickle, is of another family
-    than asked for, or of one this version does not train.
+    than asked for or of one this version does not train, or if its files contradict a setting.
     """
     check_quantise(quantise)
     source = find(path)
     evidence = detect_family(source)
     _check_family(source, family, evidence)
+    _check_configs(configs)
+    found = evidence.family
+    if vae_dtype is None:
+        is_half_on_gpu = torch.device(device).type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+        vae_dtype = torch.float16 if is_half_on_gpu else torch.float32
     if source.is_dir():
-        parts = read_folder(source, dtype)
+        scheduler = read_json(source / "scheduler" / "scheduler_config.json")
+        known = evidence_of_scheduler(scheduler)
     else:
-        parts = read_single_file(source, dtype, _hub_folder(SINGLE_FILE_CONFIG, HUB_FILES))
-    model = FAMILIES[evidence.family](
-        **vars(parts), dtype=dtype, prediction=prediction, zero_terminal_snr=zero_terminal_snr
-    )
+        scheduler, known = checkpoint_schedule(source, found, configs)
+    scheduler = resolve_scheduler(scheduler, known, prediction=prediction, zero_terminal_snr=zero_terminal_snr)
+    if source.is_dir():
+        parts = read_folder(source, found, Dtypes(dtype, vae_dtype))
+    else:
+        parts = read_checkpoint(source, found, scheduler["prediction_type"], Dtypes(dtype, vae_dtype), configs)
+    components: dict[str, Any] = {**parts.modules, **parts.tokenizers}
+    model = FAMILIES[found](**components, scheduler_config=scheduler, dtype=dtype)
+    if prepare is not None:
+        prepare(model)
     quantise_linears(model.unet, quantise, device)  # before the rest: `device` never sees the full weights together
     set_attention(model.unet, attention, torch.device(device))
     return model.to(device)
@@ -63,7 +88,7 @@ def find(path: Path | str) -> Path:
     if local.suffix in PICKLE_SUFFIXES:
         raise ModelError(
             f"{path}: {local.suffix} files are pickles, which can run code, and are not opened. Get the .safetensors "
-            "version, or convert the file in a sandbox you trust."
+            f"version, or convert it:\n{conversion_command(local)}"
         )
     if local.is_file() or (local / "model_index.json").is_file():
         return local
@@ -87,8 +112,23 @@ def detect_family(source: Path) -> Evidence:
     return family_of_checkpoint({name: info.shape for name, info in read_header(source).tensors.items()})
 
 
+def conversion_command(pickle: Path) -> str:
+    """A command that turns a pickled checkpoint into a .safetensors file; torch runs no code of the file in it."""
+    script = (
+        "import sys, torch; from safetensors.torch import save_file; "
+        "c = torch.load(sys.argv[1], map_location='cpu', weights_only=True); c = c.get('state_dict', c); "
+        "save_file({k: v.clone().contiguous() for k, v in c.items() if torch.is_tensor(v)}, sys.argv[2])"
+    )
+    return f'python -c "{script}" {shlex.quote(str(pickle))} {shlex.quote(str(pickle.with_suffix(".safetensors")))}'
+
+
+def _check_configs(configs: Path | None) -> None:
+    if configs is not None and not configs.is_dir():
+        raise ModelError(f"model.configs is {str(configs)!r}, which is no folder. Give a folder in diffusers layout.")
+
+
 def _check_family(source: Path, asked: str, evidence: Evidence) -> None:
-    trains = " and ".join(NAMES[name] for name in FAMILIES)
+    trains = ", ".join(NAMES[name] for name in FAMILIES)
     found = NAMES.get(evidence.family, "not a Stable Diffusion UNet model we know")
     if evidence.family not in FAMILIES:
         raise ModelError(f"{source}: this is {found}: {evidence.fact}. This version trains {trains}.")

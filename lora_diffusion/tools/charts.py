@@ -68,21 +68,53 @@ def bar_chart(
     blocks = in_order(block for values in groups.values() for block in values)
     if not blocks:
         raise ValueError("there is no block to draw")
-    width = min(max(110 + len(blocks) * max(26, 7 * len(groups) + 8), _WIDTH_PX[0]), _WIDTH_PX[1])
     legend_rows = math.ceil(len(groups) / num_columns) if len(groups) > 1 else 0
-    figure = _figure(width, 420 + 20 * legend_rows)
+    figure = _figure(_chart_width(len(blocks), len(groups)), 420 + 20 * legend_rows)
     axes = figure.subplots()
+    _draw_bars(axes, blocks, groups, value_name)
+    _name_blocks(axes, blocks)
+    axes.set_title(title, loc="left", fontsize=12, color=TEXT, fontweight="bold", pad=8 + 15 * legend_rows)
+    if legend_rows:
+        place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2, "handlelength": 1}
+        axes.legend(frameon=False, fontsize=9, labelcolor=TEXT, ncols=num_columns, **place)
+    _save(figure, path)
+
+
+def bar_panels(path: Path, title: str, panels: Mapping[str, Mapping[str, float]]) -> None:
+    """Write a PNG with several numbers of one adapter, each in a bar chart of its own over the same blocks.
+
+    panels: the number's name → block → value. Raises ValueError when there is nothing to draw.
+    """
+    blocks = in_order(block for values in panels.values() for block in values)
+    if not blocks:
+        raise ValueError("there is no block to draw")
+    figure = _figure(_chart_width(len(blocks), 1), 90 + 240 * len(panels))
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=TEXT, fontweight="bold")
+    rows = figure.subplots(len(panels), 1, squeeze=False, sharex=True).flat
+    for number, (axes, (name, values)) in enumerate(zip(rows, panels.items(), strict=True)):
+        _draw_bars(axes, blocks, {name: values}, name, first_color=number)
+    _name_blocks(rows[-1], blocks)
+    figure.align_ylabels()
+    _save(figure, path)
+
+
+def _chart_width(num_blocks: int, num_groups: int) -> int:
+    return min(max(110 + num_blocks * max(26, 7 * num_groups + 8), _WIDTH_PX[0]), _WIDTH_PX[1])
+
+
+def _draw_bars(
+    axes: Axes,
+    blocks: Sequence[str],
+    groups: Mapping[str, Mapping[str, float]],
+    value_name: str,
+    first_color: int = 0,
+) -> None:
     bar = 0.84 / len(groups)
     for number, (label, values) in enumerate(groups.items()):
         shown = [(at, values[block]) for at, block in enumerate(blocks) if math.isfinite(values.get(block, math.nan))]
         places = [at - 0.42 + bar * (number + 0.5) for at, _ in shown]
-        color = COLORS[number % len(COLORS)]
+        color = COLORS[(first_color + number) % len(COLORS)]
         axes.bar(places, [value for _, value in shown], width=bar * 0.92, color=color, label=_short(label))
-    if len(blocks) > 10:
-        axes.set_xticks(range(len(blocks)), blocks, rotation=90)
-    else:
-        axes.set_xticks(range(len(blocks)), blocks, va="baseline")
-        axes.tick_params(axis="x", pad=14)
     axes.set_xlim(-0.6, len(blocks) - 0.4)
     for at in range(1, len(blocks)):
         if _stretch(blocks[at]) != _stretch(blocks[at - 1]):
@@ -94,11 +126,14 @@ def bar_chart(
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(GRID)
-    axes.set_title(title, loc="left", fontsize=12, color=TEXT, fontweight="bold", pad=8 + 15 * legend_rows)
-    if legend_rows:
-        place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2, "handlelength": 1}
-        axes.legend(frameon=False, fontsize=9, labelcolor=TEXT, ncols=num_columns, **place)
-    _save(figure, path)
+
+
+def _name_blocks(axes: Axes, blocks: Sequence[str]) -> None:
+    if len(blocks) > 10:
+        axes.set_xticks(range(len(blocks)), blocks, rotation=90)
+    else:
+        axes.set_xticks(range(len(blocks)), blocks, va="baseline")
+        axes.tick_params(axis="x", pad=14)
 
 
 def heat_map(

@@ -17,6 +17,7 @@ from lora_diffusion.data.captions import CaptionOptions, vary_caption
 from lora_diffusion.data.folder import Sample
 from lora_diffusion.diffusion.noise import draw_noise
 from lora_diffusion.diffusion.schedule import sample_timestep
+from lora_diffusion.models.base import size_numbers
 from lora_diffusion.streams import stream, stream_seed
 
 
@@ -26,6 +27,7 @@ class Batch:
 
     latents, noise: (B, C, H, W), float32, scaled latents. timesteps: (B,), integers.
     weights: (B,), each sample's share of the optimiser step's loss (0 for padding).
+    sizes: (B, 6), float32, the pictures' `size_numbers`.
     names: the images' file names, for messages.
     """
 
@@ -33,6 +35,7 @@ class Batch:
     noise: Tensor
     timesteps: Tensor
     weights: Tensor
+    sizes: Tensor
     captions: tuple[str, ...]
     names: tuple[str, ...]
 
@@ -43,6 +46,7 @@ class Batch:
             noise=self.noise.to(device),
             timesteps=self.timesteps.to(device),
             weights=self.weights.to(device),
+            sizes=self.sizes.to(device),
         )
 
 
@@ -107,6 +111,7 @@ class BatchSource(Dataset[Batch]):
             noise=torch.stack([self._noise(draw, x.shape) for draw, x in zip(draws, latents, strict=True)]),
             timesteps=torch.tensor([self._timestep(draw) for draw in draws]),
             weights=torch.tensor([draw.weight * per_sample for draw in draws], dtype=torch.float32),
+            sizes=torch.stack([sample_sizes(self.samples[draw.sample], self._is_flipped(draw)) for draw in draws]),
             captions=tuple(self.caption(draw) for draw in draws),
             names=tuple(self.samples[draw.sample].image.name for draw in draws),
         )
@@ -123,12 +128,13 @@ class BatchSource(Dataset[Batch]):
     def _stream(self, purpose: str, draw: Draw) -> torch.Generator:
         return stream(self.seed, purpose, draw.epoch, self.samples[draw.sample].id, draw.repeat)
 
+    def _is_flipped(self, draw: Draw) -> bool:
+        if not self.sources[self.samples[draw.sample].source].flip:
+            return False
+        return bool(torch.rand((), generator=self._stream("flip", draw)) < 0.5)
+
     def _latents(self, draw: Draw) -> Tensor:
-        sample = self.samples[draw.sample]
-        flipped = False
-        if self.sources[sample.source].flip:
-            flipped = bool(torch.rand((), generator=self._stream("flip", draw)) < 0.5)
-        mean, std = self.latents.get(sample, flipped)
+        mean, std = self.latents.get(self.samples[draw.sample], self._is_flipped(draw))
         return mean + std * torch.randn(mean.shape, generator=self._stream("latents", draw))
 
     def _noise(self, draw: Draw, shape: torch.Size) -> Tensor:
@@ -137,6 +143,14 @@ class BatchSource(Dataset[Batch]):
     def _timestep(self, draw: Draw) -> int:
         low, high = self.draw.timesteps
         return sample_timestep(self._stream("timestep", draw), low, high)
+
+
+def sample_sizes(sample: Sample, flipped: bool = False) -> Tensor:
+    """The picture's `size_numbers`, (6,), float32: file, true crop, bucket. flipped: of the mirror image."""
+    left, top = sample.fit.crop
+    if flipped:
+        left = sample.fit.resized.width - sample.bucket.width - left
+    return torch.tensor(size_numbers(sample.size, (left, top), sample.bucket), dtype=torch.float32)
 
 
 def load_batches(source: BatchSource, start: int, stop: int, workers: int) -> DataLoader[Batch]:

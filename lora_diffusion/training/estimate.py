@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_diffusion.adapters.base import Adapter
-from lora_diffusion.models.base import Conditioning, DiffusionModel
+from lora_diffusion.models.base import Conditioning, DiffusionModel, size_numbers
 from lora_diffusion.streams import stream
 
 _QUICK_S = 2.0  # a forward pass below this, counting included, is followed by whole steps that are timed
@@ -38,14 +38,15 @@ def estimate_step(
     shape = (1, model.latent_channels, height // model.latent_factor, width // model.latent_factor)
     noisy = torch.randn(shape, generator=stream(0, "estimate")).to(device)
     with torch.no_grad():
-        hidden = model.encode_text([""], chunks=num_tokens // 75).hidden
-    seconds, activations = _forward(model, noisy, Conditioning(hidden))
+        text = model.encode_text([""], chunks=num_tokens // 75)
+    text = text.with_size(torch.tensor(size_numbers(size, (0, 0), size)))
+    seconds, activations = _forward(model, noisy, text)
     recomputed = 1.0 if getattr(model.unet, "is_gradient_checkpointing", False) else 0.0
     if seconds < _QUICK_S:
         # Small models are bound by the number of operations, not by their size: time the real batch.
         batch = noisy.expand(batch_size, -1, -1, -1)
-        text = Conditioning(hidden.expand(batch_size, -1, -1))
-        seconds = min(_step(model, batch, text) for _ in range(_NUM_TIMED))
+        texts = Conditioning.cat([text] * batch_size)
+        seconds = min(_step(model, batch, texts) for _ in range(_NUM_TIMED))
     else:
         seconds *= batch_size * (1 + _BACKWARD_COST + recomputed)
     trained = {id(p): p for m in model.modules() if isinstance(m, Adapter) for p in m.trained()}

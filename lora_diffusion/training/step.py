@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from lora_diffusion.data.cache import TextCache
 from lora_diffusion.diffusion.loss import LOSS_WEIGHTS, per_sample_loss
 from lora_diffusion.models.base import Conditioning, DiffusionModel
 from lora_diffusion.training.batches import Batch
@@ -44,13 +47,19 @@ class DenoisingLoss(nn.Module):
         if text is None:
             text = self.encode(batch.captions)
         noisy = schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
-        prediction = self.model.predict(noisy, batch.timesteps, text)
+        prediction = self.model.predict(noisy, batch.timesteps, text.with_size(batch.sizes))
         target = schedule.target(batch.latents, batch.noise, batch.timesteps)
         losses = per_sample_loss(prediction.float(), target.float(), self.loss)  # (B, C, H, W) → (B,)
         return losses * self.weigh(schedule.snr(batch.timesteps), schedule.prediction, self.gamma)
 
     def encode(self, captions: tuple[str, ...]) -> Conditioning:
         return self.model.encode_text(captions, clip_skip=self.clip_skip, chunks=self.chunks)
+
+
+def cached_text(cache: TextCache, captions: Sequence[str], device: torch.device) -> Conditioning:
+    """The conditioning of a batch of captions, from the cache."""
+    entries = [cache.get(caption) for caption in captions]
+    return Conditioning(**{name: torch.stack([entry[name] for entry in entries]).to(device) for name in entries[0]})
 
 
 def train_only_adapters(model: nn.Module, adapter_parameters: list[nn.Parameter]) -> None:

@@ -26,7 +26,7 @@ from lora_diffusion.training.optimizers import drop_ended_gradients, has_ended, 
 from lora_diffusion.training.previews import Previewer
 from lora_diffusion.training.regularise import Regulariser
 from lora_diffusion.training.signals import StopRequest
-from lora_diffusion.training.step import DenoisingLoss
+from lora_diffusion.training.step import DenoisingLoss, cached_text
 from lora_diffusion.training.tracking import Console, MetricsFile
 from lora_diffusion.training.validation import Validator
 
@@ -143,8 +143,7 @@ class Trainer:
     def _conditioning(self, captions: Sequence[str]) -> Conditioning | None:
         if self.text is None:
             return self._fixed_text(captions)
-        hidden = torch.stack([self.text.get(caption) for caption in captions])  # (B, T, D)
-        return Conditioning(hidden.to(self.accelerator.device))
+        return cached_text(self.text, captions, self.accelerator.device)
 
     def _fixed_text(self, captions: Sequence[str]) -> Conditioning | None:
         """The encoding by text encoders whose training is over, without gradients; None while it goes on.

@@ -12,7 +12,7 @@ from lora_diffusion.data.cache import LatentCache
 from lora_diffusion.data.folder import Sample
 from lora_diffusion.models.base import Conditioning
 from lora_diffusion.streams import stream, stream_seed
-from lora_diffusion.training.batches import Batch
+from lora_diffusion.training.batches import Batch, sample_sizes
 from lora_diffusion.training.step import DenoisingLoss
 
 NUM_TIMESTEPS = 4
@@ -65,6 +65,7 @@ class Validator:
             noise=torch.stack(noise),
             timesteps=torch.tensor(timesteps),
             weights=torch.full((NUM_TIMESTEPS,), 1 / NUM_TIMESTEPS),
+            sizes=sample_sizes(sample).expand(NUM_TIMESTEPS, 6),
             captions=(sample.caption,) * NUM_TIMESTEPS,
             names=(sample.image.name,) * NUM_TIMESTEPS,
         )

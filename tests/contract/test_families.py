@@ -8,12 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_diffusion.models.base import DiffusionModel
+from lora_diffusion.adapters.inject import select_layers
+from lora_diffusion.models.base import Conditioning, DiffusionModel, size_numbers
 from lora_diffusion.models.families import FAMILIES
 from lora_diffusion.models.load import detect_family, load_model
-from tests.tiny import make_tiny_sd1
+from tests.tiny import make_tiny_sd1, make_tiny_sd2, make_tiny_sdxl
 
-TINY: dict[str, Callable[[Path], Path]] = {"sd1": lambda folder: make_tiny_sd1(folder)}
+TINY: dict[str, Callable[[Path], Path]] = {
+    "sd1": make_tiny_sd1,
+    "sd2": make_tiny_sd2,
+    "sdxl": make_tiny_sdxl,
+}
 
 
 def test_every_family_has_a_tiny_model_and_there_is_one() -> None:
@@ -33,6 +38,11 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def pixels(model: DiffusionModel, batch: int) -> torch.Tensor:
     width, height = model.default_size
     return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def conditioned(model: DiffusionModel, *captions: str) -> Conditioning:
+    size = model.default_size
+    return model.encode_text(captions).with_size(torch.tensor(size_numbers(size, (0, 0), size)))
 
 
 def test_latents_have_the_promised_shape(model: DiffusionModel) -> None:
@@ -71,7 +81,7 @@ def test_prediction_has_the_shape_of_the_latents_and_depends_on_all_inputs(model
     width, height = (side // model.latent_factor for side in model.default_size)
     noisy = torch.randn(2, model.latent_channels, height, width, generator=torch.Generator().manual_seed(2))
     t = torch.tensor([10, 500])
-    conditioning = model.encode_text(["a house", "the red cat"])
+    conditioning = conditioned(model, "a house", "the red cat")
     with torch.no_grad():
         prediction = model.predict(noisy, t, conditioning)
         assert prediction.shape == noisy.shape
@@ -79,7 +89,7 @@ def test_prediction_has_the_shape_of_the_latents_and_depends_on_all_inputs(model
         for changed in (
             model.predict(noisy * 0.5, t, conditioning),
             model.predict(noisy, t + 100, conditioning),
-            model.predict(noisy, t, model.encode_text(["a boat", "a fish"])),
+            model.predict(noisy, t, conditioned(model, "a boat", "a fish")),
         ):
             assert not torch.allclose(changed, prediction, atol=1e-5)
 
@@ -88,14 +98,18 @@ def test_smallest_size_of_the_resolution_step_can_be_predicted(model: DiffusionM
     side = model.resolution_step // model.latent_factor
     noisy = torch.zeros(1, model.latent_channels, side, 2 * side)
     with torch.no_grad():
-        assert model.predict(noisy, torch.tensor([3]), model.encode_text([""])).shape == noisy.shape
+        assert model.predict(noisy, torch.tensor([3]), conditioned(model, "")).shape == noisy.shape
 
 
 def test_file_names_of_all_layers_of_all_parts_differ(model: DiffusionModel) -> None:
-    names = [part.file_name(path) for part in model.parts.values() for path, _ in part.module.named_modules() if path]
+    layers = [(part, path) for part in model.parts.values() for path in select_layers(part.module, "full")]
+    names = [part.file_name(path) for part, path in layers]
     assert len(names) == len(set(names)) > 100
     assert "unet" in model.parts
     assert all("." not in name and name.startswith("lora_") for name in names)
+    aliases = [alias for part, path in layers for alias in part.aliases(path)]
+    assert len(aliases) == len(set(aliases)) > 100
+    assert not set(aliases) & set(names)
 
 
 def test_ids_and_metadata_names_are_there(model: DiffusionModel) -> None:

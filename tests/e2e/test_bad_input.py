@@ -24,7 +24,7 @@ def _wrong_family(folder: Path, base: Path) -> dict[str, dict[str, object]]:
         target.mkdir() if source.is_dir() else target.write_bytes(source.read_bytes())
     config = json.loads((copy / "unet" / "config.json").read_text())
     (copy / "unet" / "config.json").write_text(
-        json.dumps(config | {"cross_attention_dim": 2048, "addition_embed_type": "text_time"})
+        json.dumps(config | {"cross_attention_dim": 1280, "addition_embed_type": "text_time"})
     )
     return {"model": {"path": str(copy)}}
 
@@ -51,7 +51,7 @@ CASES: dict[str, tuple[Edit, tuple[str, ...]]] = {
     "missing data folder": (lambda f, b: {"dataset": {"path": str(f / "absent")}}, ("absent", "does not exist")),
     "empty data folder": (_empty_folder, ("nothing",)),
     "missing base": (lambda f, b: {"model": {"path": str(f / "no-model")}}, ("no-model",)),
-    "wrong family": (_wrong_family, ("2048", "SDXL")),
+    "wrong family": (_wrong_family, ("1280", "the SDXL refiner")),
     "pickle checkpoint": (_pickle_checkpoint, ("model.ckpt", "pickle")),
     "output is a file": (_output_is_a_file, ("taken",)),
     "fp16 on a CPU": (lambda f, b: {"run": {"precision": "fp16"}}, ("fp16", "bf16")),

@@ -30,8 +30,13 @@ def encode_images(pixels: Tensor) -> tuple[Tensor, Tensor]:
     return mean, mean.abs() + 0.1
 
 
-def encode_texts(captions: list[str]) -> Tensor:
-    return torch.stack([torch.full((3, 2), float(len(caption))) for caption in captions])
+def encode_texts(captions: list[str]) -> dict[str, Tensor]:
+    return {"hidden": torch.stack([torch.full((3, 2), float(len(caption))) for caption in captions])}
+
+
+def encode_texts_and_pool(captions: list[str]) -> dict[str, Tensor]:
+    hidden = encode_texts(captions)["hidden"]
+    return {"hidden": hidden, "pooled": -hidden[:, 0]}
 
 
 class Counting:
@@ -236,8 +241,15 @@ def test_texts_are_encoded_once_and_read_back_bit_for_bit(folder: Path):
     assert encode.sizes == [2, 1]
     again = TextCache(folder, "clip", encode)  # type: ignore[arg-type]
     assert again.fill(["a", "bb", ""], batch_size=2) == CacheReport(hits=3, built=0, rebuilt=0)
-    assert torch.equal(again.get("bb"), torch.full((3, 2), 2.0))
+    assert torch.equal(again.get("bb")["hidden"], torch.full((3, 2), 2.0))
     assert encode.sizes == [2, 1]
+
+
+def test_all_tensors_of_a_caption_are_kept(folder: Path):
+    TextCache(folder, "clip", encode_texts_and_pool).fill(["a", "bb"], batch_size=2)
+    entry = TextCache(folder, "clip", encode_texts).get("bb")
+    assert entry.keys() == {"hidden", "pooled"}
+    assert torch.equal(entry["pooled"], torch.full((2,), -2.0))
 
 
 def test_texts_of_another_encoder_are_not_found(folder: Path):
@@ -253,7 +265,7 @@ def test_a_damaged_text_entry_is_mended(folder: Path):
 
 def test_a_caption_that_was_not_filled_is_encoded_and_leaves_no_file(folder: Path):
     cache = TextCache(folder, "clip", encode_texts)
-    assert torch.equal(cache.get("abc"), torch.full((3, 2), 3.0))
+    assert torch.equal(cache.get("abc")["hidden"], torch.full((3, 2), 3.0))
     assert not files(folder)
     with pytest.raises(RunError, match="not cached"):
         pickle.loads(pickle.dumps(cache)).get("never seen")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
-from lora_diffusion.tools.charts import COLORS, bar_chart, block_of, heat_map, in_order
+from lora_diffusion.tools.charts import COLORS, bar_chart, bar_panels, block_of, heat_map, in_order
 
 BLOCKS = (
     *("down 0.0", "down 0.1", "down 0 sampler", "down 1.0", "down 1.1", "down 1 sampler", "mid"),
@@ -90,3 +90,16 @@ def test_nothing_to_draw_and_wrong_sizes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="2 rows"):
         heat_map(tmp_path / "a.png", "cosine", ["a", "b"], [[1.0]])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_each_panel_has_bars_of_its_colour(tmp_path: Path) -> None:
+    panels = {"norm": {block: 2.0 for block in BLOCKS}, "effective rank": {"mid": 3.0}}
+    bar_panels(tmp_path / "a.png", "ink", panels)
+
+    first, second = (num_pixels(tmp_path / "a.png", color) for color in COLORS[:2])
+    assert first > 5 * second > 0
+
+
+def test_panels_without_a_block_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no block"):
+        bar_panels(tmp_path / "a.png", "ink", {"norm": {}})

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import pickle
+import shlex
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +20,8 @@ from torch import Tensor
 
 from lora_diffusion.errors import UserError
 from lora_diffusion.models.base import ModelError
-from lora_diffusion.models.components import read_single_file
-from lora_diffusion.models.load import detect_family, load_model
+from lora_diffusion.models.load import load_model
 from lora_diffusion.models.sd1 import SD1
-from tests.single_file import make_single_file
 from tests.tiny import make_tiny_sd1
 
 TEXT_WEIGHTS = Path("text_encoder", "model.safetensors")
@@ -202,8 +203,11 @@ def test_pickled_weights_are_refused_and_not_run(folder: Path, tmp_path: Path, n
 @pytest.mark.parametrize(
     ("changes", "pipeline", "evidence"),
     [
-        ({"cross_attention_dim": 2048, "addition_embed_type": "text_time"}, "StableDiffusionXLPipeline", "SDXL.*2048"),
-        ({"cross_attention_dim": 1024, "use_linear_projection": True}, "StableDiffusionPipeline", r"SD 2\.x.*1024"),
+        (
+            {"cross_attention_dim": 1280, "addition_embed_type": "text_time"},
+            "StableDiffusionXLImg2ImgPipeline",
+            "the SDXL refiner",
+        ),
         ({"in_channels": 9}, "StableDiffusionInpaintPipeline", "9 input channels: an inpainting"),
         ({}, "FluxPipeline", "its pipeline is FluxPipeline"),
         ({}, "StableDiffusion3Pipeline", "its pipeline is StableDiffusion3Pipeline"),
@@ -214,7 +218,7 @@ def test_other_models_are_refused_with_the_evidence(
 ) -> None:
     change_json(folder / "unet" / "config.json", **changes)
     change_json(folder / "model_index.json", _class_name=pipeline)
-    with pytest.raises(ModelError, match=f"{evidence}.*This version trains SD 1.x"):
+    with pytest.raises(ModelError, match=f"{evidence}.*This version trains SD 1.x, SD 2.x, SDXL"):
         load(folder)
 
 
@@ -262,20 +266,20 @@ def test_a_damaged_config_is_named(folder: Path, text: str) -> None:
         load(folder)
 
 
-def test_a_single_file_gives_the_same_model_as_the_folder(folder: Path, tmp_path: Path) -> None:
-    path = make_single_file(folder, tmp_path / "all.safetensors")
-    assert detect_family(path).family == "sd1"
-    single = SD1(**vars(read_single_file(path, torch.float32, folder)))
-    model = load(folder)
-    assert same(single.unet.state_dict(), model.unet.state_dict())
-    assert same(single.vae.state_dict(), model.vae.state_dict())
-    assert same(flat(single.text_encoder.state_dict()), flat(model.text_encoder.state_dict()))
-
-
-def test_a_single_file_without_a_reachable_tokenizer_says_so(folder: Path, tmp_path: Path) -> None:
-    path = make_single_file(folder, tmp_path / "all.safetensors")
-    with pytest.raises(ModelError, match=r"stable-diffusion-v1-5: not a local path"):
+def test_a_pickled_checkpoint_is_refused_with_a_command_that_converts_it(tmp_path: Path) -> None:
+    path = tmp_path / "base one.ckpt"
+    torch.save({"state_dict": {"a.weight": torch.arange(6.0).reshape(2, 3).T}, "epoch": 3}, path)
+    with pytest.raises(ModelError, match="can run code, and are not opened") as raised:
         load_model(path)
+    command = shlex.split(str(raised.value).splitlines()[-1])
+    subprocess.run([sys.executable, *command[1:]], check=True)
+    assert torch.equal(load_file(path.with_suffix(".safetensors"))["a.weight"], torch.arange(6.0).reshape(2, 3).T)
+
+
+def test_a_config_that_describes_no_model_is_named(folder: Path) -> None:
+    change_json(folder / "unet" / "config.json", addition_embed_type="text_time", cross_attention_dim=2048)
+    with pytest.raises(ModelError, match=r"unet/config.json: no unet can be made of it"):
+        load_model(folder)
 
 
 def test_an_adapter_is_no_base(tmp_path: Path) -> None:

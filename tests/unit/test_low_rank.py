@@ -18,6 +18,7 @@ from lora_diffusion.tools.low_rank import (
     kronecker_factors,
     rank_for_energy,
     relative_error,
+    singular_values_of_factors,
     svd_of_factors,
     svd_of_matrix,
     ties,
@@ -51,6 +52,21 @@ def test_the_svd_of_factors_is_that_of_their_product(m: int, rank: int, n: int) 
     torch.testing.assert_close(product(u, s, vh), dense, rtol=0, atol=FLOAT32 * float(s[0]))
     assert_orthonormal(u)
     assert_orthonormal(vh.T)
+
+
+@pytest.mark.parametrize(("m", "rank", "n"), [(24, 4, 40), (24, 9, 40), (40, 9, 24), (5, 9, 6)])
+def test_singular_values_alone_are_those_of_the_product(m: int, rank: int, n: int) -> None:
+    up, down = randn(m, rank), randn(rank, n, seed=1)
+    s = singular_values_of_factors(up, down)
+    expected = torch.linalg.svdvals(up.double() @ down.double())
+
+    torch.testing.assert_close(s[:rank], expected[:rank], rtol=1e-9, atol=0)
+    assert not s[rank:].any()
+
+
+def test_a_change_of_nothing_has_singular_values_of_0() -> None:
+    assert not singular_values_of_factors(torch.zeros(24, 2), randn(2, 40)).any()
+    assert not singular_values_of_factors(torch.zeros(24, 9), randn(9, 40)).any()
 
 
 @pytest.mark.parametrize("shape", [(24, 60), (60, 24), (30, 30), (1, 7), (7, 1)])

@@ -43,10 +43,13 @@ def test_schedule_is_that_of_the_diffusers_scheduler(folder: Path, zero_terminal
 
 @pytest.mark.parametrize(
     ("stored", "asked", "resolved", "version"),
-    [("epsilon", "auto", "epsilon", "sd_v1"), ("v", "auto", "v", "sd_v1_v"), ("epsilon", "v", "v", "sd_v1_v")],
+    [
+        *(("epsilon", "auto", "epsilon", "sd_v1"), ("v", "auto", "v", "sd_v1_v"), ("v", "v", "v", "sd_v1_v")),
+        *((None, "auto", "epsilon", "sd_v1"), (None, "v", "v", "sd_v1_v")),
+    ],
 )
-def test_prediction_is_the_stored_one_unless_asked_otherwise(
-    tmp_path: Path, stored: str, asked: str, resolved: str, version: str
+def test_prediction_is_the_stored_one_and_where_none_is_the_one_asked_for(
+    tmp_path: Path, stored: str | None, asked: str, resolved: str, version: str
 ) -> None:
     model = load(make_tiny_sd1(tmp_path, prediction=stored), prediction=asked)
     assert model.schedule.prediction == resolved
@@ -100,6 +103,15 @@ def test_latents_of_a_picture_have_the_scale_of_the_config(folder: Path) -> None
     posterior = model.vae.encode(pixels).latent_dist
     assert torch.equal(mean, posterior.mean * 0.18215)
     assert torch.equal(std, posterior.std * 0.18215)
+
+
+def test_other_spellings_of_file_names_are_aliases(folder: Path) -> None:
+    parts = load(folder).parts
+    layer = "down_blocks.1.attentions.0.proj_in"  # one layer per block in this model
+    assert parts["unet"].aliases(layer) == ("lora_unet_input_blocks_3_1_proj_in",)
+    assert parts["text_encoder"].aliases("encoder.layers.0.mlp.fc1") == (
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1",
+    )
 
 
 def test_ids_tell_models_apart_and_know_the_dtype(folder: Path, tmp_path: Path) -> None:

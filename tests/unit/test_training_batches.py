@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_diffusion.training.batches import Batch, BatchSource, Share, load_batches
+from lora_diffusion.data.buckets import Bucket, Crop, Fit, Size, fit
+from lora_diffusion.training.batches import Batch, BatchSource, Share, load_batches, sample_sizes
 from tests.training_runs import draw_pictures, prepare, write_config
 
 
@@ -22,7 +23,7 @@ def source(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> BatchSou
 
 
 def _equal(a: Batch, b: Batch) -> bool:
-    tensors = ("latents", "noise", "timesteps", "weights")
+    tensors = ("latents", "noise", "timesteps", "weights", "sizes")
     return a.captions == b.captions and all(torch.equal(getattr(a, name), getattr(b, name)) for name in tensors)
 
 
@@ -31,6 +32,21 @@ def test_same_index_gives_the_same_batch(source: BatchSource) -> None:
     assert _equal(source[0], source[0])
     assert _equal(later, source[9])
     assert not torch.equal(source[0].noise[0], source[1].noise[0])
+
+
+def test_sizes_are_those_of_the_file_the_crop_and_the_bucket(source: BatchSource) -> None:
+    size, bucket = Size(101, 50), Bucket(64, 64)
+    sample = replace(source.samples[0], size=size, bucket=bucket, fit=fit(size, bucket))
+    assert sample.fit == Fit(Size(129, 64), Crop(32, 0))
+    assert sample_sizes(sample).tolist() == [50, 101, 0, 32, 64, 64]
+    assert sample_sizes(sample, flipped=True).tolist() == [50, 101, 0, 33, 64, 64], "129 - 64 - 32 px lie to the right"
+
+
+def test_a_batchs_sizes_are_those_of_its_pictures(source: BatchSource) -> None:
+    samples = {sample.image.name: sample for sample in source.samples}
+    batch = source[0]
+    assert [tuple(sizes[:2].tolist()) for sizes in batch.sizes] == [samples[name].size[::-1] for name in batch.names]
+    assert batch.sizes.dtype == torch.float32
 
 
 def test_number_of_workers_changes_nothing(source: BatchSource) -> None:

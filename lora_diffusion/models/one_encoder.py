@@ -1,0 +1,62 @@
+"""What SD 1.x and SD 2.x share: one CLIP text encoder whose hidden states condition the UNet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from lora_diffusion.models import clip
+from lora_diffusion.models.base import Conditioning, DiffusionModel, Part
+
+
+class OneEncoderModel(DiffusionModel):
+    """A UNet that is told nothing but the timestep and one text encoder's hidden states."""
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        scheduler_config: Mapping[str, Any],
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(unet, vae, scheduler_config, dtype=dtype)
+        self.text_encoder = text_encoder.requires_grad_(False).eval()
+        self.tokenizer = tokenizer
+        self._text_encoder_weights = clip.named_weights(text_encoder)
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        return {
+            "unet": Part(self.unet, "lora_unet", others=(("lora_unet", self.unet_to_ldm),)),
+            "text_encoder": Part(self.text_encoder, "lora_te", "text_model.", others=(("lora_te1", None),)),
+        }
+
+    def hash_text_encoder(self) -> str:
+        return clip.encoder_id(self._text_encoder_weights, self.text_encoder, self.tokenizer)
+
+    @property
+    def max_tokens(self) -> int:
+        return self.text_encoder.config.max_position_embeddings - 2
+
+    def count_tokens(self, caption: str) -> int:
+        return clip.count_tokens(self.tokenizer, caption)
+
+    def check_clip_skip(self, clip_skip: int) -> None:
+        clip.check_clip_skip(self.text_encoder, clip_skip)
+
+    def encode_text(self, captions: Sequence[str], *, clip_skip: int = 1, chunks: int | None = 1) -> Conditioning:
+        ids = clip.tokenize(self.tokenizer, captions, length=self.max_tokens, chunks=chunks)
+        return Conditioning(clip.encode(self.text_encoder, ids, clip_skip))
+
+    def predict(self, noisy: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        hidden = conditioning.hidden.to(self.dtype)
+        return self.unet(noisy.to(self.dtype), timestep, encoder_hidden_states=hidden).sample.to(noisy.dtype)

@@ -1,0 +1,61 @@
+"""What a base was trained to predict: its files decide, and a setting that says otherwise is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_diffusion.models.errors import ModelError
+from lora_diffusion.models.load import load_model
+from lora_diffusion.models.schedules import ScheduleEvidence, evidence_of_scheduler, resolve_scheduler, schedule_of
+from tests.tiny import make_tiny_sd2
+
+
+@pytest.mark.parametrize(
+    ("stored", "setting", "message"),
+    [
+        (
+            {"prediction": "v"},
+            {"prediction": "epsilon"},
+            r"model.prediction is 'epsilon', but scheduler_config.json says v_prediction: .* correct it there",
+        ),
+        (
+            {"prediction": "epsilon"},
+            {"prediction": "v"},
+            r"model.prediction is 'v', but scheduler_config.json says epsilon",
+        ),
+        (
+            {"zero_terminal_snr": True},
+            {"zero_terminal_snr": False},
+            r"model.zero_terminal_snr is false, but scheduler_config.json says rescale_betas_zero_snr = true",
+        ),
+    ],
+)
+def test_a_setting_against_the_folders_scheduler_is_refused(
+    tmp_path: Path, stored: dict[str, Any], setting: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        load_model(make_tiny_sd2(tmp_path, **stored), **setting)
+
+
+def test_settings_decide_where_the_files_say_nothing(tmp_path: Path) -> None:
+    folder = make_tiny_sd2(tmp_path, prediction=None)
+    assert load_model(folder).schedule.prediction == "epsilon"
+    model = load_model(folder, prediction="v", zero_terminal_snr=True)
+    assert model.schedule.prediction == "v"
+    assert float(model.schedule.alphas_cumprod[-1]) == 0
+
+
+def test_evidence_is_completed_where_it_is_silent() -> None:
+    marker = ScheduleEvidence("v", "a marker")
+    both = marker.completed_by(evidence_of_scheduler({"prediction_type": "epsilon", "rescale_betas_zero_snr": True}))
+    assert (both.prediction, both.prediction_fact, both.zero_terminal_snr) == ("v", "a marker", True)
+    assert evidence_of_scheduler({}).completed_by(marker).prediction == "v"
+
+
+def test_a_guess_gives_way_to_a_setting() -> None:
+    guess = ScheduleEvidence(guess="v")
+    assert schedule_of(resolve_scheduler({}, guess)).prediction == "v"
+    assert schedule_of(resolve_scheduler({}, guess, prediction="epsilon")).prediction == "epsilon"
