@@ -109,7 +109,13 @@ class LoRA(Adapter):
         `lora_mid`) becomes part of `lora_down`, which is the same change at the same rank.
         """
         geometry: Geometry = check_fit(base, tensors, kind="lora")
-        adapter = cls(base, geometry.rank, alpha_of(tensors, geometry.rank))
+        adapter = cls.__new__(cls)  # without a start, which would be drawn to be overwritten
+        Adapter.__init__(adapter, base)
+        adapter.rank = geometry.rank
+        adapter.alpha = float(alpha_of(tensors, geometry.rank))
+        adapter.lora_down, adapter.lora_up = _empty_factors(base, geometry.rank)
+        adapter.register_buffer("start_down", None)
+        adapter.register_buffer("start_up", None)
         adapter._fill(whole_down(tensors), tensors[UP])
         return adapter
 
