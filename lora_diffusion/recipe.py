@@ -305,10 +305,22 @@ def _facts(
         max_grad_norm=config.optimizer.max_grad_norm,
         caption_dropout=table.caption_dropout,
         image_counts={
-            Path(table.path).name: (table.repeats, len(scan.samples))
+            str(table.path): (table.repeats, len(scan.samples))
             for table, scan in zip(config.dataset, data.scans, strict=True)
         },
+        tag_frequency=_tag_frequency(config, data),
+        zero_terminal_snr=bool(model.scheduler_config["rescale_betas_zero_snr"]),
         bucket_counts=Counter((sample.bucket.width, sample.bucket.height) for sample in data.training),
         comment=f"for a base with {', '.join(config.model.merge)} merged in" if config.model.merge else None,
         program_version=__version__,
     )
+
+
+def _tag_frequency(config: TrainConfig, data: TrainingSet) -> dict[str, Counter[str]]:
+    """How often each comma-separated part of the captions occurs, by data set folder."""
+    return {
+        str(table.path): Counter(
+            tag for sample in scan.samples for part in sample.caption.split(",") if (tag := part.strip())
+        )
+        for table, scan in zip(config.dataset, data.scans, strict=True)
+    }

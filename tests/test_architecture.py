@@ -58,6 +58,7 @@ NEVER_TORCH = [
         "cli_base",
         "cli_queue",
         "cli_files",
+        "cli_merge",
     ),
     *("jobs.queue", "jobs.runner", "jobs.follow", "jobs.device_lock"),
     *("data.captions", "data.buckets", "formats.metadata"),

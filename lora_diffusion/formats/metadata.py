@@ -132,7 +132,7 @@ def network_metadata(
     about_base = {"ss_base_model_version": version, "ss_v2": str(version.startswith("sd_v2"))} if version else {}
     return about_base | {
         "ss_network_module": "networks.lora" if set(kinds) == {"lora"} else "lycoris.kohya",
-        "ss_network_dim": _common_rank(plain),
+        "ss_network_dim": rank if (rank := _common_rank(plain)) != "0" else given.get("ss_network_dim", "1"),
         "ss_network_alpha": _common_alpha(plain, alphas),
         "ss_network_args": json.dumps(args),
     }

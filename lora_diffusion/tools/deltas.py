@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -11,7 +12,7 @@ from lora_diffusion.adapters.geometry import ALPHA, UP, Geometry
 from lora_diffusion.adapters.lora import whole_down
 from lora_diffusion.errors import UserError
 from lora_diffusion.formats.adapter_file import AdapterFile
-from lora_diffusion.tools.low_rank import khatri_rao_factors, kronecker_factors
+from lora_diffusion.tools.low_rank import khatri_rao_factors, kronecker_factors, svd_of_matrix, truncate
 
 Factors = tuple[Tensor, Tensor]
 """(up (out, R), down (R, in·k·k)), float32, with ΔW = up @ down."""
@@ -64,6 +65,25 @@ def direction_factors(parts: Mapping[str, Tensor], geometry: Geometry) -> Factor
     if not (bool(torch.isfinite(up).all()) and bool(torch.isfinite(down).all())):
         raise UserError("its change is too large for float32. The file is damaged, or its training diverged")
     return up, down
+
+
+def factors_of_matrix(delta: Tensor) -> Factors:
+    """Factors of any matrix: as many as its rank, at most as the shorter side."""
+    u, s, vh = svd_of_matrix(delta)
+    return truncate(u, s, vh, max(1, int((s > 0).sum())))
+
+
+def balanced(up: Tensor, down: Tensor, scale: float = 1.0) -> Factors:
+    """The factors of scale · up @ down, float32, with the same norm on both sides: half precision holds those best.
+
+    Each is multiplied with one number only. A scale of 0 gives zeros.
+    """
+    up, down = up.double(), down.double()
+    norm_up, norm_down = up.square().sum().sqrt().item(), down.square().sum().sqrt().item()
+    if scale == 0 or norm_up == 0 or norm_down == 0:
+        return torch.zeros_like(up).float(), torch.zeros_like(down).float()
+    each = math.sqrt(abs(scale) * norm_up * norm_down)
+    return (up * math.copysign(each / norm_up, scale)).float(), (down * (each / norm_down)).float()
 
 
 def _lora(parts: Mapping[str, Tensor]) -> Factors:
