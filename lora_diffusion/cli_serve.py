@@ -88,3 +88,47 @@ def _with_names(axis: Axis, files: dict[Path, None]) -> Axis:
         return axis
     files |= {Path(value): None for value in axis.values if value != NONE}
     return replace(axis, values=tuple(v if v == NONE else adapter_name(Path(v).stem) for v in axis.values))
+
+
+@app.command()
+def serve(
+    base: BaseOption,
+    adapters: Annotated[list[Path], typer.Option(metavar="DIR", help="Folder with adapter files; repeatable.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free one.")] = 7861,
+    is_open: Annotated[bool, typer.Option("--open", help="Let everyone who can reach it draw.")] = False,
+    token: Annotated[str | None, typer.Option(help="What clients must send as a bearer token.")] = None,
+    workspace: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Share the device with the queue of this workspace.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, max=64, help="Pictures drawn together at most.")] = 8,
+    memory_mb: Annotated[
+        int, typer.Option(min=1, help="Memory for adapters' weights; the least used go first.")
+    ] = 1024,
+    precision: PrecisionOption = "auto",
+    configs: ConfigsOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Draw for other programs over HTTP: one process that owns the base, with all adapters of a folder by name."""
+    with errors_as_messages(debug):
+        try:
+            from lora_diffusion.serving.process import serve as run
+        except ModuleNotFoundError as error:
+            from lora_diffusion.errors import UserError
+
+            if error.name not in ("fastapi", "uvicorn", "starlette"):
+                raise
+            raise UserError(f"{error.name} is missing. Install it: pip install 'lora-diffusion[serve]'.") from None
+        run(
+            base,
+            adapters,
+            host=host,
+            port=port,
+            is_open=is_open,
+            token=token,
+            workspace=workspace,
+            precision=precision,
+            configs=configs,
+            batch_size=batch_size,
+            memory_mb=memory_mb,
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeGuard
+from typing import TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ class StackWeights:
         self.names = tuple(names)
         self.values = values
         # Read once here: a stack's forward must not wait for the device.
-        rows: list[list[float]] = values.tolist()  # pyright: ignore[reportUnknownMemberType]
+        rows = cast("list[list[float]]", values.tolist())  # pyright: ignore[reportUnknownMemberType]
         self.mixes = tuple({name: value for name, value in zip(names, row, strict=True) if value != 0} for row in rows)
 
     def clear(self) -> None:
