@@ -96,6 +96,8 @@ class Desk:
     workspace: Workspace
     engine: Draws
     when_idle: Callable[[], None] = lambda: None
+    seconds_per_picture: float | None = None
+    """Of the last drawing that was finished."""
     _drawings: dict[int, Drawing] = field(default_factory=dict[int, Drawing])
     _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     _lock: threading.Condition = field(default_factory=threading.Condition)
@@ -159,6 +161,7 @@ class Desk:
     def _draw(self, drawing: Drawing) -> None:
         folder = self._folder(drawing)
         pictures = list(drawing.pictures)
+        began = time.monotonic()
         try:
             drawn = self.engine.draw(
                 drawing.base,
@@ -167,10 +170,13 @@ class Desk:
                 lambda: drawing.id in self._stopped,
             )
             for index, data in enumerate(drawn):
+                if index == 0:
+                    began = time.monotonic() if len(pictures) > 1 else began
                 path = _free_file(folder, drawing.requests[index].seed)
                 write_bytes_atomically(path, data)
                 pictures[index] = path
                 self._change(drawing.id, pictures=tuple(pictures), progress=Progress("drawing"))
+            self.seconds_per_picture = (time.monotonic() - began) / max(len(pictures) - 1, 1)
             self._change(drawing.id, phase="done", sheet_file=self._write_sheet(drawing, pictures, folder))
         except NoLongerWanted:
             self._change(drawing.id, phase="cancelled")
