@@ -59,7 +59,7 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
     first = known_bases[0] if known_bases else Base("", "", ((512, 512),))
     width, height = first.sizes[0]
 
-    with gr.Row(elem_classes="generate", equal_height=False):
+    with gr.Row(elem_classes=["generate", "studio"], equal_height=False):
         with gr.Column(scale=4, min_width=320, elem_classes="controls"):
             base = gr.Dropdown(
                 [(it.name, it.id) for it in known_bases],
@@ -89,8 +89,8 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
                     elem_id="generate-add",
                 )
             with gr.Row(elem_classes="actions"):
-                go = gr.Button(t("generate.go"), variant="primary", elem_id="generate-go", scale=3)
-                stop = gr.Button(t("generate.cancel"), elem_id="generate-cancel", scale=1)
+                go = gr.Button(t("generate.go"), variant="primary", elem_id="generate-go", scale=3, min_width=120)
+                stop = gr.Button(t("generate.cancel"), elem_id="generate-cancel", scale=1, min_width=90)
             said = gr.HTML(elem_id="generate-said", apply_default_css=False)
             negative = gr.Textbox(label=t("generate.negative"), lines=1, max_length=10_000, elem_id="generate-negative")
             with gr.Row():
@@ -112,13 +112,13 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
                 side_y = gr.Number(height, label=t("generate.height"), precision=0, minimum=8, maximum=2048, elem_id="generate-height", min_width=80)  # fmt: skip
             with gr.Row():
                 seed = gr.Number(1, label=t("generate.seed"), precision=0, minimum=0, elem_id="generate-seed", min_width=120)  # fmt: skip
-                seed_mode = gr.Radio(
-                    [(t(f"generate.seed.{mode}"), mode) for mode in SEED_MODES],
-                    value="random",
-                    label=t("generate.seed_mode"),
-                    elem_id="generate-seed-mode",
-                )
                 clip_skip = gr.Slider(1, 4, 1, step=1, label=t("generate.clip_skip"), elem_id="generate-clip-skip", min_width=120)  # fmt: skip
+            seed_mode = gr.Radio(
+                [(t(f"generate.seed.{mode}"), mode) for mode in SEED_MODES],
+                value="random",
+                label=t("generate.seed_mode"),
+                elem_id="generate-seed-mode",
+            )
             with gr.Accordion(t("generate.open"), open=False, elem_id="generate-open"):
                 dropped = gr.File(
                     label=t("generate.open.file"), file_types=[".png"], type="filepath", height=110, elem_id="generate-png"
@@ -154,11 +154,17 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
         known = {adapter.name: adapter for adapter in studio.library.adapters()}
         return str(render_stack(t, text, stack_of(text), known))
 
-    def slide(text: str, event: gr.EventData) -> str:
+    slid = gr.State("")
+
+    def follow_prompt(text: str, by_slider: str) -> object:
+        """The stack for what was typed. A slider's own change must not replace the slider that is being moved."""
+        return gr.skip() if text == by_slider else show_stack(text)
+
+    def slide(text: str, event: gr.EventData) -> tuple[str, str]:
         name, strength = event._data.get("name"), event._data.get("strength")
-        if not isinstance(name, str) or not isinstance(strength, int | float):
-            return text
-        return set_strength(text, name, float(strength))
+        if isinstance(name, str) and isinstance(strength, int | float) and not isinstance(strength, bool):
+            text = set_strength(text, name, float(strength))
+        return text, text
 
     def act_on_stack(text: str, event: gr.EventData) -> tuple[str, str]:
         match event._data.get("act"):
@@ -175,8 +181,8 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
             text = set_strength(text, name, 1.0)
         return text, show_stack(text), None
 
-    prompt.input(show_stack, prompt, stack, trigger_mode="always_last", **QUICK)
-    stack.input(slide, prompt, prompt, trigger_mode="always_last", **QUICK)
+    prompt.change(follow_prompt, [prompt, slid], stack, trigger_mode="always_last", **QUICK)
+    stack.input(slide, prompt, [prompt, slid], trigger_mode="always_last", **QUICK)
     stack.select(act_on_stack, prompt, [prompt, stack], **QUICK)
     add.input(add_adapter, [prompt, add], [prompt, stack, add], **QUICK)
 
