@@ -49,6 +49,9 @@ element.addEventListener('click', (event) => {
     if (!button || (button.dataset.confirm && !window.confirm(button.dataset.confirm))) return;
     trigger('select', { ...button.dataset });
 });
+element.addEventListener('keydown', (event) => {
+    if (event.key === 'Enter' && event.target.matches('[role=button][data-act]')) event.target.click();
+});
 """
 
 

@@ -164,7 +164,7 @@ def _draw(client: httpx.Client, requests: Sequence[Request], report: Report, sto
     try:
         for index in range(len(requests)):
             while given < min(len(requests), index + _WINDOW):
-                orders[given] = _ask(client, "POST", "/v1/images", json=_body(requests[given]))["id"]
+                orders[given] = _order(client, requests[given])
                 given += 1
             yield _wait(client, orders[index], report, stopped)
             del orders[index]
@@ -174,6 +174,19 @@ def _draw(client: httpx.Client, requests: Sequence[Request], report: Report, sto
                 client.delete(f"/v1/images/{id}")
             except httpx.HTTPError:
                 break
+
+
+def _order(client: httpx.Client, request: Request) -> str:
+    """The order's id. A name that the engine does not know may belong to a new file: it looks again."""
+    try:
+        return _ask(client, "POST", "/v1/images", json=_body(request))["id"]
+    except EngineError:
+        raise
+    except UserError as error:
+        if not str(error).startswith("There is no adapter"):
+            raise
+    _ask(client, "POST", "/v1/adapters/refresh")
+    return _ask(client, "POST", "/v1/images", json=_body(request))["id"]
 
 
 def _wait(client: httpx.Client, id: str, report: Report, stopped: Stopped) -> bytes:

@@ -161,7 +161,7 @@ def files_in(folder: Path, depth: int) -> Iterator[Path]:
     for parent, folders, names in os.walk(root):
         here = Path(parent)
         level = len(here.relative_to(root).parts)
-        folders[:] = [] if level >= depth - 1 else sorted(name for name in folders if not name.startswith("."))
+        folders[:] = [] if level >= depth - 1 else sorted(name for name in folders if name[0] not in "._")
         for name in names:
             path = here / name
             if name.endswith(SUFFIX) and not name.startswith("."):

@@ -14,6 +14,7 @@ from lora_diffusion.jobs.queue import Job, Queue
 from lora_diffusion.runs import RunFolder
 from webui.services.drawings import Desk
 from webui.services.engine import Engine
+from webui.services.file_tools import FileTools
 from webui.services.gallery import Gallery
 from webui.services.library import Library
 from webui.services.places import Places
@@ -28,6 +29,7 @@ class Studio:
     engine: Engine
     desk: Desk
     queue: Queue
+    tools: FileTools
     paused: set[int] = field(default_factory=set[int])
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -75,7 +77,7 @@ def make_studio(places: Places, queue: Queue) -> Studio:
         [folder for folder, _ in library.folders()],
         lambda: frozenset(adapter.name for adapter in library.adapters()),
     )
-    studio = Studio(library, Gallery(places), engine, Desk(places.workspace, engine), queue)
+    studio = Studio(library, Gallery(places), engine, Desk(places.workspace, engine), queue, FileTools(places.workspace))
     studio.desk.when_idle = studio.resume_training
     return studio
 
