@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -17,8 +17,10 @@ from webui.translate import Translator
 SHOWN = 120
 
 
-def render_cards(t: Translator, adapters: Sequence[Adapter], num_all: int, chosen: str) -> Markup:
-    """The first ones as cards. chosen: the id of the one whose inspector is open."""
+def render_cards(
+    t: Translator, adapters: Sequence[Adapter], num_all: int, chosen: str, pictured: Container[str]
+) -> Markup:
+    """The first ones as cards. chosen: the id of the one whose inspector is open. pictured: ids with a thumbnail."""
     if not adapters:
         return html(
             '<div class="card"><p class="empty"><strong>{a}</strong>{b}</p></div>',
@@ -30,14 +32,14 @@ def render_cards(t: Translator, adapters: Sequence[Adapter], num_all: int, chose
         '<p class="hint counts">{count}{broken}</p><div class="library">{cards}</div>{more}',
         count=t("adapters.count", shown=len(adapters), all=num_all),
         broken=f" · {t('adapters.broken', n=broken)}" if broken else "",
-        cards=join(_card(t, adapter, adapter.id == chosen) for adapter in adapters[:SHOWN]),
+        cards=join(_card(t, adapter, adapter.id == chosen, adapter.id in pictured) for adapter in adapters[:SHOWN]),
         more=html('<p class="hint">{text}</p>', text=t("adapters.more", n=len(adapters) - SHOWN))
         if len(adapters) > SHOWN
         else "",
     )
 
 
-def _card(t: Translator, adapter: Adapter, is_chosen: bool) -> Markup:
+def _card(t: Translator, adapter: Adapter, is_chosen: bool, is_pictured: bool) -> Markup:
     facts = adapter.facts
     if facts.error:
         return html(
@@ -55,8 +57,7 @@ def _card(t: Translator, adapter: Adapter, is_chosen: bool) -> Markup:
     )
     return html(
         '<article class="lora" data-act="choose" data-id="{id}" aria-current="{chosen}" tabindex="0" role="button">'
-        '<div class="art" data-letter="{letter}"><img loading="lazy" alt="" src="{picture}" '
-        "onerror=\"this.remove()\"></div>"
+        '<div class="art" data-letter="{letter}">{picture}</div>'
         '<div class="words"><strong title="{id}">{name}</strong><small>{details}</small>'
         '<small class="from">{source}{trigger}</small><span class="tags">{tags}</span></div>'
         '<button type="button" class="icon add" data-act="mix" data-name="{name}" title="{add}" aria-label="{add}">+'
@@ -64,7 +65,12 @@ def _card(t: Translator, adapter: Adapter, is_chosen: bool) -> Markup:
         id=adapter.id,
         chosen="true" if is_chosen else "false",
         letter=adapter.name[:1].upper(),
-        picture=f"/picture/adapter/{quote(adapter.id)}?w=320&v={int(adapter.changed)}",
+        picture=html(
+            '<img loading="lazy" alt="" src="{url}">',
+            url=f"/picture/adapter/{quote(adapter.id)}?w=320&v={int(adapter.changed)}",
+        )
+        if is_pictured
+        else "",
         name=adapter.name,
         details=" · ".join(filter(None, details)),
         source=_source(t, adapter),

@@ -15,7 +15,7 @@ from lora_diffusion.errors import UserError
 from lora_diffusion.formats.families import FAMILY_NAMES
 from lora_diffusion.generation.request import Request, take_out_tags
 from webui.components.html import html
-from webui.components.library import render_cards, render_head, render_inspection, render_overlap
+from webui.components.library import SHOWN, render_cards, render_head, render_inspection, render_overlap
 from webui.components.studio import render_stack
 from webui.pages.generate import FIRST_PROMPT, LISTEN, LISTEN_STACK, QUICK
 from webui.services.adapter_edit import Description, copy_to_library, edit
@@ -23,7 +23,7 @@ from webui.services.bases import Base, bases, find_base
 from webui.services.library import KINDS, Adapter, matching
 from webui.services.prompt_tags import set_strength, stack_of, without
 from webui.services.site import Site
-from webui.services.thumbnails import data_uri
+from webui.services.thumbnails import data_uri, picture_of
 from webui.services.trash import move_to_trash
 from webui.translate import Translator
 
@@ -41,7 +41,10 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
     studio = site.studio
     known_bases = bases(site.places)
     gr.HTML(str(html('<div class="title"><h1>{text}</h1></div>', text=t("adapters.title"))), apply_default_css=False)
-    chosen, mix, merged = gr.State(""), gr.State(""), gr.State("")
+    # A hidden field and no State: only its changes are told when events do not wait in the queue.
+    chosen = gr.Textbox(visible="hidden", elem_id="adapters-chosen", label="chosen")
+    mix = gr.Textbox(visible="hidden", elem_id="adapters-mixed", label="mix")
+    merged = gr.State("")
     with gr.Row(elem_classes=["adapter-page", "studio"], equal_height=False):
         with gr.Column(scale=6, min_width=320):
             with gr.Row(elem_classes="filters"):
@@ -99,7 +102,8 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
     def show_cards(words: str, family: str, kind: str, source: str, id: str) -> str:
         adapters = studio.library.adapters()
         found = matching(adapters, words or "", family or "", kind or "", source or "")
-        return str(render_cards(t, found, len(adapters), id))
+        pictured = {it.id for it in found[:SHOWN] if it.facts.has_thumbnail or picture_of(site, it)}
+        return str(render_cards(t, found, len(adapters), id, pictured))
 
     def act(id: str, mixed: str, event: gr.EventData) -> tuple[object, ...]:
         """A card was clicked: chosen, or put into the mix."""
