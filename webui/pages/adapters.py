@@ -74,14 +74,14 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
                         convert = gr.Button(t("adapters.convert"), elem_id="adapters-convert", min_width=100)
                     with gr.Row():
                         rank = gr.Number(8, label=t("adapters.resize.rank"), precision=0, minimum=1, maximum=1024, elem_id="adapters-rank", min_width=90)  # fmt: skip
-                        energy = gr.Number(None, label=t("adapters.resize.energy"), minimum=0, maximum=1, step=0.01, elem_id="adapters-energy", min_width=130)  # fmt: skip
+                        energy = gr.Number(0, label=t("adapters.resize.energy"), minimum=0, maximum=1, step=0.01, elem_id="adapters-energy", min_width=130)  # fmt: skip
                         resize = gr.Button(t("adapters.resize"), elem_id="adapters-resize", min_width=100)
                 with gr.Tab(t("adapters.tab.mix"), id="mix"):
                     with gr.Group(elem_classes="adapter-stack"):
                         stack = gr.HTML(elem_id="adapters-mix", apply_default_css=False, js_on_load=LISTEN_STACK)
                     with gr.Row():
                         method = gr.Dropdown(["concat", "svd", "ties", "dare"], value="concat", label=t("adapters.mix.method"), elem_id="adapters-method", min_width=100)  # fmt: skip
-                        merge_rank = gr.Number(None, label=t("adapters.mix.rank"), precision=0, minimum=1, maximum=1024, elem_id="adapters-merge-rank", min_width=100)  # fmt: skip
+                        merge_rank = gr.Number(0, label=t("adapters.mix.rank"), precision=0, minimum=0, maximum=1024, elem_id="adapters-merge-rank", min_width=100)  # fmt: skip
                         base = gr.Dropdown([(it.name, it.id) for it in known_bases], value=known_bases[0].id if known_bases else None, label=t("generate.base"), elem_id="adapters-base", min_width=120)  # fmt: skip
                     prompt = gr.Textbox(FIRST_PROMPT, label=t("adapters.mix.prompt"), elem_id="adapters-prompt", max_length=4000)  # fmt: skip
                     with gr.Row():
@@ -183,9 +183,9 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
 
     def resize_chosen(id: str, name: str, rank: float | None, energy: float | None) -> str:
         def run(adapter: Adapter) -> str:
-            if energy is None and rank is None:
+            if not energy and not rank:
                 raise UserError(t("adapters.resize.rank"))
-            path, text = studio.tools.resize(adapter, name, int(rank) if rank else None, energy)
+            path, text = studio.tools.resize(adapter, name, int(rank) if rank else None, energy or None)
             return f"{t('adapters.made', name=path.name)}\n{text}"
 
         return on_chosen(id, run)
@@ -313,6 +313,11 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
                 images.append(image.convert("RGB"))
         return drawing.id, gr.ImageSlider(value=tuple(images), visible=True), _said(t("adapters.mix.preview.about"))
 
+    def latest_trial() -> int:
+        drawing = studio.desk.latest("trial")
+        return drawing.id if drawing is not None and not drawing.is_unfinished else 0
+
+    demo.load(latest_trial, None, shown, **QUICK)
     gr.Timer(EVERY_S).tick(show_trial, shown, [shown, slider, said], **QUICK)
 
 
