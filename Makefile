@@ -6,13 +6,16 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constrain
 LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process $(shell nproc 2>/dev/null || echo 1)
 ARGS ?=
 
-.PHONY: train test lint format clean help
+.PHONY: train test ui lint format clean help
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1: /p' Makefile
 
 train: $(VENV)/.installed  ## train configs/quickstart.toml; more options: make train ARGS="--resume --set run.steps=100"
 	$(LAUNCH) train.py --config configs/quickstart.toml $(ARGS)
+
+ui: $(VENV)/.installed-ui  ## the web UI on http://127.0.0.1:7860; other options: make ui ARGS="--port 7000"
+	$(BIN)/lora-diffusion ui $(ARGS)
 
 test: $(VENV)/.installed-dev  ## run the CPU tests; a part of them: make test ARGS="tests/unit -k config"
 	$(BIN)/python -m pytest $(ARGS)
@@ -35,6 +38,10 @@ $(VENV)/.installed: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(INSTALL) -e '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-ui: $(VENV)/.installed
+	$(INSTALL) -e '.[ui]'
 	@touch $@
 
 $(VENV)/pyvenv.cfg:

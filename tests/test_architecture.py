@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 ON_TOP = {
     *("launch", "recipe", "recipe_adapters", "recipe_data", "training_run", "check"),
-    *("cli", "cli_base", "cli_files", "cli_merge", "cli_serve", "cli_queue", "__main__"),
+    *("cli", "cli_base", "cli_files", "cli_merge", "cli_serve", "cli_queue", "cli_ui", "__main__"),
 }
 NEVER_TORCH = [
     *(
@@ -59,6 +59,7 @@ NEVER_TORCH = [
         "cli_queue",
         "cli_files",
         "cli_merge",
+        "cli_ui",
     ),
     *("jobs.queue", "jobs.runner", "jobs.follow", "jobs.device_lock"),
     *("data.captions", "data.buckets", "formats.metadata"),

@@ -65,6 +65,10 @@ class Limits:
     requests: int = 600
 
 
+class _TooMuch(Exception):
+    """A body beyond the limits."""
+
+
 @dataclass
 class Guard:
     """ASGI middleware.
@@ -98,7 +102,7 @@ class Guard:
             else:
                 await _answer(send, 401, "Log in first.")
             return
-        await self.app(scope, self._counted(receive, headers), send)
+        await self._limited(scope, receive, send, headers)
 
     def _refusal(self, scope: Message, headers: dict[bytes, str]) -> tuple[int, str] | None:
         host = headers.get(b"host", "")
@@ -134,22 +138,35 @@ class Guard:
         self._uploads.append(now)
         return len(self._uploads) > self.limits.requests
 
-    def _counted(self, receive: Receive, headers: dict[bytes, str]) -> Receive:
-        """`receive` that ends a body which is longer than it said, or holds too many files."""
+    async def _limited(self, scope: Message, receive: Receive, send: Send, headers: dict[bytes, str]) -> None:
+        """Pass the request on; a body that is longer than it said, or holds too many files, is cut off and refused."""
         is_form = "multipart" in headers.get(b"content-type", "")
-        num_bytes, num_files = 0, 0
+        num_bytes, num_files, is_refused = 0, 0, False
 
-        async def counted() -> Message:
+        async def receiving() -> Message:
             nonlocal num_bytes, num_files
             message = await receive()
             body = message.get("body", b"")
             num_bytes += len(body)
             num_files += body.count(b"filename=") if is_form else 0
             if num_bytes > self.limits.upload_bytes or num_files > self.limits.files:
-                return {"type": "http.disconnect"}
+                raise _TooMuch
             return message
 
-        return counted
+        async def sending(message: Message) -> None:
+            nonlocal is_refused
+            is_over = num_bytes > self.limits.upload_bytes or num_files > self.limits.files
+            if is_over and not is_refused and message["type"] == "http.response.start":
+                is_refused = True
+                await _answer(send, 413, "The request has more bytes or files than it may have.")
+            elif not is_refused:
+                await send(message)
+
+        try:
+            await self.app(scope, receiving, sending)
+        except _TooMuch:
+            if not is_refused:
+                await _answer(send, 413, "The request has more bytes or files than it may have.")
 
 
 def _is_same_origin(headers: dict[bytes, str], host: str) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from webui.components.html import html, join
+from webui.components.html import html, join, with_code
 from webui.services.form_values import Fields, num_tables
 from webui.services.presets import Preset
 from webui.services.schema import REPEATED, Setting, settings, summary
@@ -181,7 +181,7 @@ def _field(t: Translator, row: Setting, text: str) -> Markup:
             '<div class="label"><span>{label}</span><code>{name}</code></div>', label=_label(row), name=row.name
         ),
         control=_control(t, row, name, text),
-        about=row.description,
+        about=with_code(row.description),
         range="" if row.kind in ("switch", "choice", "text", "path") else row.range,
     )
 
@@ -262,6 +262,9 @@ def _options(id: str, values: Sequence[str]) -> Markup:
 
 
 def _label(row: Setting) -> str:
+    own = {"dataset.path": "Folder", "model.path": "Base model", "preview.prompts": "Preview prompts"}
+    if row.name in own:
+        return own[row.name]
     words = row.key.replace("_", " ")
     short = {"lr": "learning rate", "cfg": "guidance (CFG)", "eps": "epsilon", "rslora": "rsLoRA"}
     words = short.get(row.key, words.replace(" lr", " learning rate").replace("lr ", "learning rate "))

@@ -18,6 +18,12 @@ def join(parts: Iterable[Markup]) -> Markup:
     return Markup("").join(parts)
 
 
+def with_code(text: str) -> Markup:
+    """The text, with what stands between backticks as code."""
+    parts = text.split("`")
+    return join(html("<code>{part}</code>" if index % 2 else "{part}", part=part) for index, part in enumerate(parts))
+
+
 def picture_url(kind: str, id: str, width: int) -> str:
     """The address of a picture at most `width` pixels wide."""
     return f"/picture/{kind}/{quote(id)}?w={width}"

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from lora_diffusion.jobs.follow import AdapterEntry
 from lora_diffusion.jobs.queue import Job
-from webui.components.html import duration, html, join, picture_url, size
+from webui.components.html import duration, html, join, picture_url, size, with_code
 from webui.translate import Translator
 
 THUMB_PX, LARGE_PX = 240, 2048
@@ -56,8 +56,8 @@ def _why(job: Job) -> Markup | str:
         return ""
     return html(
         '<div class="why" role="alert"><strong>{message}</strong>{hint}</div>',
-        message=job.error.message,
-        hint=job.error.hint,
+        message=with_code(job.error.message),
+        hint=with_code(job.error.hint),
     )
 
 

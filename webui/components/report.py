@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from webui.components.html import duration, html, join, picture_url
+from webui.components.html import duration, html, join, picture_url, with_code
 from webui.services.glance import Glance
 from webui.services.preflight import Preflight
 from webui.translate import Translator
@@ -20,7 +20,7 @@ def render_problems(t: Translator, problems: Sequence[tuple[str, str]]) -> Marku
     if not problems:
         return html('<div class="verdict good"><b>✓</b> {text}</div>', text=t("train.valid"))
     items = join(
-        html('<li data-key="{key}"><a href="#" data-do="show">{message}</a></li>', key=key, message=message)
+        html('<li data-key="{key}"><a href="#" data-do="show">{message}</a></li>', key=key, message=with_code(message))
         for key, message in problems
     )
     title = t("train.problem") if len(problems) == 1 else t("train.problems", n=len(problems))

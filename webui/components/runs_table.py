@@ -14,6 +14,11 @@ from webui.components.monitor import badge, run_href, when
 from webui.services.overview import RunRow
 from webui.translate import Translator
 
+COPY = Markup(
+    '<svg viewBox="0 0 16 16" width="15" height="15" fill="none" stroke="currentColor" stroke-width="1.4" '
+    'aria-hidden="true"><rect x="5.5" y="5.5" width="8" height="8" rx="1.5"/><path d="M10.5 3v-.5H2.5v8H3"/></svg>'
+)
+
 
 def render_runs(t: Translator, rows: Sequence[RunRow], ticked: Sequence[str], now: float) -> Markup:
     if not rows:
@@ -100,10 +105,11 @@ def _actions(t: Translator, row: RunRow, num_waiting: int) -> Markup:
         for act, sign, off in moves
     )
     return html(
-        '<a class="icon" href="{href}?{query}" title="{title}" aria-label="{title}">⧉</a>{buttons}',
+        '<a class="icon" href="{href}?{query}" title="{title}" aria-label="{title}">{icon}</a>{buttons}',
         href=t.href("/"),
         query=urlencode({"copy": row.id}),
         title=t("runs.copy"),
+        icon=COPY,
         buttons=buttons,
     )
 

@@ -27,7 +27,6 @@ from webui.services.site import Site
 from webui.translate import Translator
 
 COLLECT = "() => window.loraDiffusion.collect()"
-EDIT_DELAY_MS = 350
 
 
 def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
@@ -43,7 +42,7 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
                 str(render_form(t, first.fields, choices, first.id)),
                 elem_id="train-form",
                 apply_default_css=False,
-                js_on_load=f"window.loraDiffusion.form(element, trigger, {EDIT_DELAY_MS})",
+                js_on_load="window.loraDiffusion.form(trigger)",
             )
         with gr.Column(scale=3, min_width=320, elem_classes="rail"):
             problems = gr.HTML(elem_id="train-problems", apply_default_css=False)
@@ -78,16 +77,14 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
             str(render_glances(t, looks)),
         ]
 
-    def open_page(draft: str, request: gr.Request) -> list[object]:
-        copied = request.query_params.get("copy")
-        if copied:
-            try:
-                job = site.find_run(copied)
-                return redraw(fields_from_toml(site.queue.duplicate(job.id))[0]) if job else redraw(first.fields)
-            except UserError:
-                return redraw(first.fields)
-        kept = fields_from_json(draft)[0]
-        return redraw(kept) if kept else [gr.skip(), *describe(first.fields)]
+    def open_page(draft: str, request: gr.Request) -> object:
+        """The form of a run to copy, or of what was left unfinished; otherwise it stays as it was built."""
+        copied = site.find_run(str(request.query_params.get("copy", "")))
+        try:
+            now = fields_from_toml(site.queue.duplicate(copied.id))[0] if copied else fields_from_json(draft)[0]
+        except UserError:
+            now = {}
+        return redraw(now)[0] if now else gr.skip()
 
     def edit(values: str) -> list[object]:
         return describe(fields_from_json(values)[0])
@@ -131,7 +128,9 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
 
     parts = [form, problems, toml, glances]
     quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    demo.load(open_page, fields, parts, js="() => window.loraDiffusion.draft()", **quick)
+    demo.load(open_page, fields, form, js="() => window.loraDiffusion.draft()", **quick).then(
+        edit, fields, parts[1:], js=COLLECT, **quick
+    )
     form.input(edit, fields, parts[1:], js=COLLECT, trigger_mode="always_last", **quick)
     form.select(choose, fields, parts, js=COLLECT, **quick)
     upload.upload(read, [pasted, upload], [*parts, said], **quick)

@@ -18,7 +18,7 @@ TIMEOUT_S = 900
 PYTHON = (sys.executable, "-P")
 """-P: a module in the workspace must not take the place of one of ours."""
 
-COMMAND = (*PYTHON, "-c", "from lora_diffusion.cli import main; main()")
+COMMAND = (*PYTHON, "-m", "lora_diffusion")
 
 
 @dataclass(frozen=True)

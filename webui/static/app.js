@@ -2,7 +2,7 @@
 (() => {
   "use strict";
 
-  const DRAFT = "lora-diffusion.draft", THEME = "lora-diffusion.theme";
+  const EDIT_DELAY_MS = 350, DRAFT = "lora-diffusion.draft", THEME = "lora-diffusion.theme";
   const one = (selector, root = document) => root.querySelector(selector);
   const all = (selector, root = document) => [...root.querySelectorAll(selector)];
   const stored = (key) => { try { return localStorage.getItem(key); } catch { return null; } };
@@ -19,7 +19,7 @@
   // ---- The form ----
 
   const touched = new Set();
-  let send = () => {}, extra = {}, timer = 0;
+  let send = null, isWaiting = false, extra = {}, timer = 0;
 
   const tables = () => all("#train-tables > [data-table]");
   function nameOf(input) {
@@ -43,29 +43,38 @@
 
   function edited(delay) {
     clearTimeout(timer);
-    timer = setTimeout(() => { store(DRAFT, collect()); send("input"); }, delay);
+    timer = setTimeout(() => {
+      store(DRAFT, collect());
+      if (send) send("input"); else isWaiting = true;
+    }, delay);
     refreshForm();
   }
 
-  function form(element, trigger, delay) {
+  // Gradio hands over its trigger when it has mounted the form; what was typed before is sent then.
+  function form(trigger) {
     send = trigger;
-    element.addEventListener("input", (event) => {
-      const input = event.target;
-      if (input.id === "train-search" || input.id === "train-changed") return refreshForm();
-      if (!input.dataset.field) return;
-      touched.add(nameOf(input));
-      edited(input.tagName === "SELECT" || input.type === "checkbox" ? 0 : delay);
-    });
-    element.addEventListener("change", (event) => {
-      if (event.target.dataset.do !== "choose") return;
-      const area = one("textarea", event.target.parentElement);
-      area.hidden = event.target.value !== "";
-      area.value = event.target.value;
-      touched.add(nameOf(area));
-      if (!area.hidden) area.focus();
-      edited(0);
-    });
+    if (isWaiting) send("input");
+    isWaiting = false;
   }
+
+  document.addEventListener("input", (event) => {
+    const input = event.target;
+    if (!input.closest?.("#train-fields")) return;
+    if (input.id === "train-search" || input.id === "train-changed") return refreshForm();
+    if (!input.dataset.field) return;
+    touched.add(nameOf(input));
+    edited(input.tagName === "SELECT" || input.type === "checkbox" ? 0 : EDIT_DELAY_MS);
+  });
+
+  document.addEventListener("change", (event) => {
+    if (event.target.dataset?.do !== "choose") return;
+    const area = one("textarea", event.target.parentElement);
+    area.hidden = event.target.value !== "";
+    area.value = event.target.value;
+    touched.add(nameOf(area));
+    if (!area.hidden) area.focus();
+    edited(0);
+  });
 
   function refreshForm() {
     const words = (one("#train-search")?.value ?? "").toLowerCase().split(/\s+/).filter(Boolean);
@@ -150,11 +159,11 @@
       link.search = location.search;
       return true;
     },
-    preset(button) { extra = { preset: button.dataset.value }; send("select"); },
+    preset(button) { extra = { preset: button.dataset.value }; send?.("select"); },
     goal(button) {
       for (const other of all('[data-do="goal"]')) other.setAttribute("aria-pressed", String(other === button));
       extra = { goal: button.dataset.value };
-      send("select");
+      send?.("select");
     },
     "add-table"() {
       one("#train-tables").append(one("#train-table-template").content.cloneNode(true));
@@ -271,6 +280,17 @@
     tip.classList.toggle("left", share > 0.6);
   });
 
+  // ---- The log stays at its end, unless someone reads further up ----
+
+  let isAtEnd = true, seen = null;
+  function followLog() {
+    const log = one("#run-log-text");
+    if (!log) return;
+    if (log !== seen) log.addEventListener("scroll", () => { isAtEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 40; });
+    if (isAtEnd) log.scrollTop = log.scrollHeight;
+    seen = log;
+  }
+
   // ---- After every change of the page ----
 
   let due = false;
@@ -279,6 +299,7 @@
     applyTheme();
     if (one("#train-fields")) { refreshForm(); markProblems(); placeGlances(); }
     refreshComparison();
+    followLog();
   }
   new MutationObserver(() => {
     if (!due) { due = true; requestAnimationFrame(refresh); }

@@ -1,0 +1,183 @@
+"""The web UI for tests: a workspace with runs, a queue with a fake trainer, the server in a thread, a browser."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image, ImageDraw
+
+from lora_diffusion.jobs.condition import ACTIVE
+from lora_diffusion.jobs.queue import Queue
+from lora_diffusion.jobs.runner import Runner
+from lora_diffusion.runs import Failure, RunFolder, RunState
+from lora_diffusion.workspace import Workspace
+from tests.webui.fake_trainer import fake_command
+
+pytest.importorskip("gradio")
+
+HOSTILE = "<img src=x onerror=alert(1)>\"'><script>alert(2)</script>${alert(3)}{{alert(4)}}"
+CHROMIUM_OPTIONS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+
+
+@pytest.fixture()
+def workspace(tmp_path: Path) -> Workspace:
+    return make_workspace(tmp_path / "workspace")
+
+
+def make_workspace(root: Path) -> Workspace:
+    """Pictures with captions, one run that ended and one that failed; hostile texts wherever files hold texts."""
+    pictures = root / "data" / "shapes"
+    pictures.mkdir(parents=True)
+    for index in range(6):
+        _picture(index * 40).save(pictures / f"{index}.png")
+        if index:
+            (pictures / f"{index}.txt").write_text(HOSTILE if index == 1 else f"a shape, number {index}")
+    make_run(root / "runs" / "done", steps=200, prompts=["a red house", HOSTILE])
+    failure = Failure("RunError", f"the loss is nan {HOSTILE}", "Lower optimizer.lr.")
+    make_run(root / "runs" / "broken", steps=40, status="failed", error=failure, total=200)
+    return Workspace(root)
+
+
+def make_run(
+    folder: Path,
+    *,
+    steps: int,
+    total: int = 0,
+    status: Any = "finished",
+    prompts: list[str] | None = None,
+    error: Failure | None = None,
+) -> None:
+    """A run folder as a training leaves it."""
+    run = RunFolder(folder)
+    run.previews.mkdir(parents=True)
+    (run.checkpoints / f"{steps:06d}").mkdir(parents=True)
+    name = folder.name
+    run.config.write_text(
+        f'[run]\nname = "{name}"\noutput = "runs/{name}"\nsteps = {total or steps}\n[model]\npath = "base"\n'
+        f'[[dataset]]\npath = "data/shapes"\n[preview]\nprompts = {json.dumps(prompts or ["a red house"])}\n'
+    )
+    with run.metrics.open("w") as file:
+        for step in range(1, steps + 1):
+            row = {"segment": 0, "step": step, "loss": 1 / step + 0.1, "lr": 1e-4}
+            file.write(json.dumps(row | ({"val_loss": 0.2} if step % 50 == 0 else {})) + "\n")
+    for step in range(0, steps + 1, 100):
+        for index in range(len(prompts or [""])):
+            _picture(step).save(run.preview(step, index))
+    if steps >= 100:
+        run.adapter(name, 100).write_bytes(b"adapter of step 100")
+    if status == "finished":
+        run.adapter(name).write_bytes(b"adapter")
+    run.log.write_text(f"started\n{HOSTILE}\nended\n")
+    state = RunState(status, steps, total or steps, 0, time.time() - 90, socket.gethostname(), time.time(), 0.25, error)
+    run._write_state(state)
+
+
+def _picture(hue: int) -> Image.Image:
+    image = Image.new("RGB", (64, 64), (20, 24, 40))
+    ImageDraw.Draw(image).ellipse((12, 12, 52, 52), fill=(hue % 256, 120, 200))
+    return image
+
+
+@pytest.fixture()
+def queue(workspace: Workspace) -> Iterator[Queue]:
+    """A queue whose runner works in a thread and starts the fake trainer."""
+    queue = Queue(workspace, start_runner=lambda _: None)
+    runner = Runner(workspace, command=fake_command, poll_s=0.05)
+    is_over = threading.Event()
+
+    def work() -> None:
+        while not is_over.wait(0.05):
+            runner.turn()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    yield queue
+    for job in queue.jobs():
+        if job.status in (*ACTIVE, "queued"):
+            queue.stop(job.id)
+    wait_for(lambda: not any(job.status in ACTIVE for job in queue.jobs()))
+    is_over.set()
+    thread.join()
+
+
+def wait_for(is_so: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < deadline, "it never came to that"
+        time.sleep(0.05)
+
+
+@pytest.fixture()
+def url(workspace: Workspace, queue: Queue) -> Iterator[str]:
+    """The address of a server of the workspace."""
+    import uvicorn
+
+    from webui.server import make_app
+    from webui.services.site import make_site
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    app = make_app(make_site(workspace.root, queue=queue))
+    server = uvicorn.Server(
+        uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", timeout_graceful_shutdown=1)
+    )
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    wait_for(lambda: server.started)
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join(10)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+    if not chromium:
+        pytest.skip("needs chromium")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=chromium, args=CHROMIUM_OPTIONS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture()
+def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
+    """Opens a page; afterwards the test fails for errors in the browser and for requests to anywhere else."""
+    contexts: list[Any] = []
+    errors: list[str] = []
+
+    def open_one(address: str, width: int = 1280, height: int = 900, **options: Any) -> Any:
+        context = browser.new_context(
+            **{"locale": "en-US", "viewport": {"width": width, "height": height}, "reduced_motion": "reduce", **options}
+        )
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("dialog", lambda dialog: (errors.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        page.on("console", lambda message: message.type == "error" and errors.append(message.text))
+        page.on("request", lambda request: _is_outside(request.url) and errors.append(f"outside: {request.url}"))
+        page.goto(address)
+        return page
+
+    yield open_one
+    for context in contexts:
+        context.close()
+    assert errors == []
+
+
+def _is_outside(address: str) -> bool:
+    return not address.startswith(("http://127.0.0.1:", "data:", "blob:"))
