@@ -132,7 +132,12 @@ def test_links_and_ids_do_not_lead_out_of_the_library(tmp_path: Path) -> None:
     library = Library(Places(Workspace(root)), root / "cache.json")
 
     assert library.adapters() == []
-    for id in ("../outside.safetensors", str(outside), "adapters/link.safetensors", "adapters/../../outside.safetensors"):
+    for id in (
+        "../outside.safetensors",
+        str(outside),
+        "adapters/link.safetensors",
+        "adapters/../../outside.safetensors",
+    ):
         assert library.find(id) is None
 
 

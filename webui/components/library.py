@@ -99,8 +99,16 @@ def render_head(t: Translator, adapter: Adapter | None) -> Markup:
         (size(adapter.size), t("adapters.size")),
     ]
     links = [
-        html('<a class="go" id="adapters-generate" href="{href}">{text}</a>', href=generate_href(t, adapter.id), text=t("adapters.generate")),  # fmt: skip
-        html('<a class="quiet" href="/picture/adapter-file/{id}" download>{text}</a>', id=quote(adapter.id), text=t("adapters.download")),  # fmt: skip
+        html(
+            '<a class="go" id="adapters-generate" href="{href}">{text}</a>',
+            href=generate_href(t, adapter.id),
+            text=t("adapters.generate"),
+        ),  # fmt: skip
+        html(
+            '<a class="quiet" href="/picture/adapter-file/{id}" download>{text}</a>',
+            id=quote(adapter.id),
+            text=t("adapters.download"),
+        ),  # fmt: skip
     ]
     if adapter.source != "library":
         links.append(html('<button type="button" class="quiet" data-act="copy" id="adapters-copy">{text}</button>', text=t("adapters.copy")))  # fmt: skip

@@ -250,9 +250,7 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
             return gr.skip(), _said(str(error), bad=True)
         return _ticket(mixed, method, rank, target.name), _said(t("adapters.mix.drawing"))
 
-    def keep_merged(
-        mixed: str, method: str, rank: float | None, base_id: str | None, name: str, looked_at: str
-    ) -> str:
+    def keep_merged(mixed: str, method: str, rank: float | None, base_id: str | None, name: str, looked_at: str) -> str:
         try:
             weights = weights_of(mixed, 2)
             target = studio.tools.target(name)

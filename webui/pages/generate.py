@@ -109,7 +109,10 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
                 count = gr.Slider(1, 16, 1, step=1, label=t("generate.count"), elem_id="generate-count")
             with gr.Row():
                 size = gr.Dropdown(
-                    _size_choices(t, first), value=f"{width}x{height}", label=t("generate.size"), elem_id="generate-size"
+                    _size_choices(t, first),
+                    value=f"{width}x{height}",
+                    label=t("generate.size"),
+                    elem_id="generate-size",
                 )
                 side_x = gr.Number(width, label=t("generate.width"), precision=0, minimum=8, maximum=2048, elem_id="generate-width", min_width=80)  # fmt: skip
                 side_y = gr.Number(height, label=t("generate.height"), precision=0, minimum=8, maximum=2048, elem_id="generate-height", min_width=80)  # fmt: skip
@@ -124,7 +127,11 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
             )
             with gr.Accordion(t("generate.open"), open=False, elem_id="generate-open"):
                 dropped = gr.File(
-                    label=t("generate.open.file"), file_types=[".png"], type="filepath", height=110, elem_id="generate-png"
+                    label=t("generate.open.file"),
+                    file_types=[".png"],
+                    type="filepath",
+                    height=110,
+                    elem_id="generate-png",
                 )
         with gr.Column(scale=6, min_width=320, elem_classes="results"):
             status = gr.HTML(elem_id="generate-status", apply_default_css=False, js_on_load=LISTEN)

@@ -37,9 +37,7 @@ def edit(adapter: Adapter, wanted: Description) -> None:
     if adapter.size > MAX_FILE_BYTES:
         raise UserError("The file is too large to be edited.")
     metadata = dict(read_header(adapter.path).metadata)
-    write_bytes_atomically(
-        adapter.path, with_metadata(adapter.path.read_bytes(), changed_metadata(metadata, wanted))
-    )
+    write_bytes_atomically(adapter.path, with_metadata(adapter.path.read_bytes(), changed_metadata(metadata, wanted)))
 
 
 def changed_metadata(metadata: Mapping[str, str], wanted: Description) -> dict[str, str]:

@@ -103,10 +103,9 @@ class Engine:
             end(record)
 
     def _start(self, base: str, report: Report, stopped: Stopped) -> Record:
+        for folder in (self.workspace.adapters, self.workspace.runs):
+            folder.mkdir(parents=True, exist_ok=True)  # what is put there later is found too
         folders = [folder for folder in self.adapters if folder.is_dir()]
-        if not folders:
-            self.workspace.adapters.mkdir(parents=True, exist_ok=True)
-            folders = [self.workspace.adapters]
         log = self.workspace.private / LOG
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_bytes(b"")
@@ -216,7 +215,9 @@ def _ask(client: httpx.Client, method: str, url: str, **options: Any) -> dict[st
         answer = client.request(method, url, **options)
         values = answer.json()
     except (httpx.HTTPError, ValueError) as error:
-        raise EngineError(f"The engine does not answer ({type(error).__name__}). Draw again to start it anew.") from None
+        raise EngineError(
+            f"The engine does not answer ({type(error).__name__}). Draw again to start it anew."
+        ) from None
     if answer.status_code >= 400:
         raise UserError(str(values.get("error", answer.status_code)))
     return values

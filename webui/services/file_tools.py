@@ -64,7 +64,12 @@ class FileTools:
         self, weights: Mapping[Path, float], target: Path, method: str, rank: int | None, base: Path | None
     ) -> str:
         files = [f"{path}:{weight:g}" for path, weight in weights.items()]
-        options = ["--method", method, *(("--rank", str(rank)) if rank else ()), *(("--base", str(base)) if base else ())]
+        options = [
+            "--method",
+            method,
+            *(("--rank", str(rank)) if rank else ()),
+            *(("--base", str(base)) if base else ()),
+        ]
         return self._run("merge", *files, "--out", str(target), *options)
 
     def bake(self, weights: Mapping[Path, float], base: Path, name: str) -> tuple[Path, str]:

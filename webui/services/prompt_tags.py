@@ -52,9 +52,7 @@ def set_strength(prompt: str, name: str, strength: float) -> str:
 
 def without(prompt: str, name: str) -> str:
     """The prompt without the adapter's tags and the space before each."""
-    return re.sub(
-        rf" ?{TAG.pattern}", lambda match: "" if match["name"].strip() == name else match[0], prompt
-    ).lstrip()
+    return re.sub(rf" ?{TAG.pattern}", lambda match: "" if match["name"].strip() == name else match[0], prompt).lstrip()
 
 
 def toggle_words(prompt: str, words: str) -> str:

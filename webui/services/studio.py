@@ -77,7 +77,9 @@ def make_studio(places: Places, queue: Queue) -> Studio:
         [folder for folder, _ in library.folders()],
         lambda: frozenset(adapter.name for adapter in library.adapters()),
     )
-    studio = Studio(library, Gallery(places), engine, Desk(places.workspace, engine), queue, FileTools(places.workspace))
+    studio = Studio(
+        library, Gallery(places), engine, Desk(places.workspace, engine), queue, FileTools(places.workspace)
+    )
     studio.desk.when_idle = studio.resume_training
     return studio
 
