@@ -1,4 +1,4 @@
-"""Files as they are on disk, by id: drawn pictures with their settings, adapters of the library and their thumbnails."""
+"""Files as they are on disk, by id: drawn pictures with their settings, adapters and their thumbnails."""
 
 from __future__ import annotations
 

@@ -280,8 +280,17 @@ def test_settings_of_a_picture_find_an_adapter_by_its_hash_and_list_unknown_ones
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"steps": 0}, {"steps": 10**9}, {"seed": -1}, {"cfg": float("nan")}, {"count": 10**6}, {"width": 100_000}, {"width": None}, {"prompt": "x" * 10**6}],
-)  # fmt: skip
+    [
+        {"steps": 0},
+        {"steps": 10**9},
+        {"seed": -1},
+        {"cfg": float("nan")},
+        {"count": 10**6},
+        {"width": 100_000},
+        {"width": None},
+        {"prompt": "x" * 10**6},
+    ],
+)
 def test_the_server_has_limits_of_its_own(wrong: dict[str, object]) -> None:
     values = {"prompt": "a", "negative": "", "steps": 20, "cfg": 5, "sampler": "ddim", "clip_skip": 1, "count": 1}
     values |= {"width": 64, "height": 64, "seed": 1, "seed_mode": "fixed"}

@@ -103,19 +103,37 @@ def render_head(t: Translator, adapter: Adapter | None) -> Markup:
             '<a class="go" id="adapters-generate" href="{href}">{text}</a>',
             href=generate_href(t, adapter.id),
             text=t("adapters.generate"),
-        ),  # fmt: skip
+        ),
         html(
             '<a class="quiet" href="/picture/adapter-file/{id}" download>{text}</a>',
             id=quote(adapter.id),
             text=t("adapters.download"),
-        ),  # fmt: skip
+        ),
     ]
     if adapter.source != "library":
-        links.append(html('<button type="button" class="quiet" data-act="copy" id="adapters-copy">{text}</button>', text=t("adapters.copy")))  # fmt: skip
+        links.append(
+            html(
+                '<button type="button" class="quiet" data-act="copy" id="adapters-copy">{text}</button>',
+                text=t("adapters.copy"),
+            )
+        )
     if adapter.source == "run":
-        links.append(html('<a class="quiet" href="{href}">{text}</a>', href=f"{t.href('/run')}?{urlencode({'id': adapter.run})}", text=t("adapters.run")))  # fmt: skip
+        links.append(
+            html(
+                '<a class="quiet" href="{href}">{text}</a>',
+                href=f"{t.href('/run')}?{urlencode({'id': adapter.run})}",
+                text=t("adapters.run"),
+            )
+        )
     if adapter.source != "sample":
-        links.append(html('<button type="button" class="quiet" data-act="delete" id="adapters-delete" data-confirm="{ask}">{text}</button>', ask=t("adapters.delete.ask", name=adapter.name), text=t("adapters.delete")))  # fmt: skip
+        links.append(
+            html(
+                '<button type="button" class="quiet" data-act="delete" id="adapters-delete" data-confirm="{ask}">'
+                "{text}</button>",
+                ask=t("adapters.delete.ask", name=adapter.name),
+                text=t("adapters.delete"),
+            )
+        )
     return html(
         '<div class="card adapter-head"><h2>{name}</h2><p class="hint">{title} <code>{id}</code></p>{about}'
         '<div class="facts">{facts}</div><div class="links">{links}</div></div>',

@@ -99,7 +99,8 @@ def _choices(t: Translator, training: str) -> Markup:
     """What can be done while a training has the device."""
     buttons = join(
         html(
-            '<button type="button" class="choice" data-act="{act}"><strong>{title}</strong><span>{about}</span></button>',
+            '<button type="button" class="choice" data-act="{act}"><strong>{title}</strong>'
+            "<span>{about}</span></button>",
             act=act,
             title=t(f"generate.busy.{act}"),
             about=t(f"generate.busy.{act}.about"),

@@ -48,10 +48,45 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
     with gr.Row(elem_classes=["adapter-page", "studio"], equal_height=False):
         with gr.Column(scale=6, min_width=320):
             with gr.Row(elem_classes="filters"):
-                search = gr.Textbox(placeholder=t("adapters.search"), label=t("adapters.search"), show_label=False, container=False, elem_id="adapters-search", scale=3, max_length=300)  # fmt: skip
-                family = gr.Dropdown([(t("adapters.family"), ""), *((name, key) for key, name in FAMILY_NAMES.items())], value="", label=t("adapters.family"), show_label=False, container=False, elem_id="adapters-family", min_width=100)  # fmt: skip
-                kind = gr.Dropdown([(t("adapters.kind"), ""), *KINDS], value="", label=t("adapters.kind"), show_label=False, container=False, elem_id="adapters-kind", min_width=90)  # fmt: skip
-                source = gr.Dropdown([(t("adapters.source"), ""), *((t(f"adapters.source.{it}"), it) for it in ("library", "run", "sample"))], value="", label=t("adapters.source"), show_label=False, container=False, elem_id="adapters-source", min_width=100)  # fmt: skip
+                search = gr.Textbox(
+                    placeholder=t("adapters.search"),
+                    label=t("adapters.search"),
+                    show_label=False,
+                    container=False,
+                    elem_id="adapters-search",
+                    scale=3,
+                    max_length=300,
+                )
+                family = gr.Dropdown(
+                    [(t("adapters.family"), ""), *((name, key) for key, name in FAMILY_NAMES.items())],
+                    value="",
+                    label=t("adapters.family"),
+                    show_label=False,
+                    container=False,
+                    elem_id="adapters-family",
+                    min_width=100,
+                )
+                kind = gr.Dropdown(
+                    [(t("adapters.kind"), ""), *KINDS],
+                    value="",
+                    label=t("adapters.kind"),
+                    show_label=False,
+                    container=False,
+                    elem_id="adapters-kind",
+                    min_width=90,
+                )
+                source = gr.Dropdown(
+                    [
+                        (t("adapters.source"), ""),
+                        *((t(f"adapters.source.{it}"), it) for it in ("library", "run", "sample")),
+                    ],
+                    value="",
+                    label=t("adapters.source"),
+                    show_label=False,
+                    container=False,
+                    elem_id="adapters-source",
+                    min_width=100,
+                )
             cards = gr.HTML(elem_id="adapters-cards", apply_default_css=False, js_on_load=LISTEN)
         with gr.Column(scale=5, min_width=320, elem_classes="rail"):
             head = gr.HTML(elem_id="adapters-head", apply_default_css=False, js_on_load=LISTEN)
@@ -61,33 +96,103 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
                     inspection = gr.HTML(elem_id="adapters-inspection", apply_default_css=False)
                 with gr.Tab(t("adapters.tab.edit"), id="edit"):
                     title = gr.Textbox(label=t("adapters.edit.title"), elem_id="adapters-edit-title", max_length=300)
-                    trigger = gr.Textbox(label=t("adapters.edit.trigger"), elem_id="adapters-edit-trigger", max_length=1000)  # fmt: skip
+                    trigger = gr.Textbox(
+                        label=t("adapters.edit.trigger"), elem_id="adapters-edit-trigger", max_length=1000
+                    )
                     tags = gr.Textbox(label=t("adapters.edit.tags"), elem_id="adapters-edit-tags", max_length=4000)
-                    about = gr.Textbox(label=t("adapters.edit.description"), lines=3, elem_id="adapters-edit-description", max_length=8000)  # fmt: skip
-                    thumbnail = gr.File(label=t("adapters.edit.thumbnail"), file_types=[".png", ".jpg", ".jpeg", ".webp"], type="filepath", height=90, elem_id="adapters-edit-thumbnail")  # fmt: skip
+                    about = gr.Textbox(
+                        label=t("adapters.edit.description"),
+                        lines=3,
+                        elem_id="adapters-edit-description",
+                        max_length=8000,
+                    )
+                    thumbnail = gr.File(
+                        label=t("adapters.edit.thumbnail"),
+                        file_types=[".png", ".jpg", ".jpeg", ".webp"],
+                        type="filepath",
+                        height=90,
+                        elem_id="adapters-edit-thumbnail",
+                    )
                     save = gr.Button(t("adapters.edit.save"), variant="primary", elem_id="adapters-edit-save")
                 with gr.Tab(t("adapters.tab.change"), id="change"):
                     new_name = gr.Textbox(label=t("adapters.name"), elem_id="adapters-new-name", max_length=100)
                     with gr.Row():
-                        format = gr.Dropdown(["kohya", "peft"], value="peft", label=t("adapters.format"), elem_id="adapters-format", min_width=100)  # fmt: skip
-                        precision = gr.Dropdown(["same", "fp16", "bf16", "fp32"], value="same", label=t("adapters.precision"), elem_id="adapters-precision", min_width=100)  # fmt: skip
+                        format = gr.Dropdown(
+                            ["kohya", "peft"],
+                            value="peft",
+                            label=t("adapters.format"),
+                            elem_id="adapters-format",
+                            min_width=100,
+                        )
+                        precision = gr.Dropdown(
+                            ["same", "fp16", "bf16", "fp32"],
+                            value="same",
+                            label=t("adapters.precision"),
+                            elem_id="adapters-precision",
+                            min_width=100,
+                        )
                         convert = gr.Button(t("adapters.convert"), elem_id="adapters-convert", min_width=100)
                     with gr.Row():
-                        rank = gr.Number(8, label=t("adapters.resize.rank"), precision=0, minimum=1, maximum=1024, elem_id="adapters-rank", min_width=90)  # fmt: skip
-                        energy = gr.Number(0, label=t("adapters.resize.energy"), minimum=0, maximum=1, step=0.01, elem_id="adapters-energy", min_width=130)  # fmt: skip
+                        rank = gr.Number(
+                            8,
+                            label=t("adapters.resize.rank"),
+                            precision=0,
+                            minimum=1,
+                            maximum=1024,
+                            elem_id="adapters-rank",
+                            min_width=90,
+                        )
+                        energy = gr.Number(
+                            0,
+                            label=t("adapters.resize.energy"),
+                            minimum=0,
+                            maximum=1,
+                            step=0.01,
+                            elem_id="adapters-energy",
+                            min_width=130,
+                        )
                         resize = gr.Button(t("adapters.resize"), elem_id="adapters-resize", min_width=100)
                 with gr.Tab(t("adapters.tab.mix"), id="mix"):
                     with gr.Group(elem_classes="adapter-stack"):
                         stack = gr.HTML(elem_id="adapters-mix", apply_default_css=False, js_on_load=LISTEN_STACK)
                     with gr.Row():
-                        method = gr.Dropdown(["concat", "svd", "ties", "dare"], value="concat", label=t("adapters.mix.method"), elem_id="adapters-method", min_width=100)  # fmt: skip
-                        merge_rank = gr.Number(0, label=t("adapters.mix.rank"), precision=0, minimum=0, maximum=1024, elem_id="adapters-merge-rank", min_width=100)  # fmt: skip
-                        base = gr.Dropdown([(it.name, it.id) for it in known_bases], value=known_bases[0].id if known_bases else None, label=t("generate.base"), elem_id="adapters-base", min_width=120)  # fmt: skip
-                    prompt = gr.Textbox(FIRST_PROMPT, label=t("adapters.mix.prompt"), elem_id="adapters-prompt", max_length=4000)  # fmt: skip
+                        method = gr.Dropdown(
+                            ["concat", "svd", "ties", "dare"],
+                            value="concat",
+                            label=t("adapters.mix.method"),
+                            elem_id="adapters-method",
+                            min_width=100,
+                        )
+                        merge_rank = gr.Number(
+                            0,
+                            label=t("adapters.mix.rank"),
+                            precision=0,
+                            minimum=0,
+                            maximum=1024,
+                            elem_id="adapters-merge-rank",
+                            min_width=100,
+                        )
+                        base = gr.Dropdown(
+                            [(it.name, it.id) for it in known_bases],
+                            value=known_bases[0].id if known_bases else None,
+                            label=t("generate.base"),
+                            elem_id="adapters-base",
+                            min_width=120,
+                        )
+                    prompt = gr.Textbox(
+                        FIRST_PROMPT, label=t("adapters.mix.prompt"), elem_id="adapters-prompt", max_length=4000
+                    )
                     with gr.Row():
                         preview = gr.Button(t("adapters.mix.preview"), variant="primary", elem_id="adapters-preview")
                         overlap = gr.Button(t("adapters.mix.overlap"), elem_id="adapters-overlap")
-                    slider = gr.ImageSlider(show_label=False, label="", interactive=False, elem_id="adapters-slider", buttons=["fullscreen"], visible=False)  # fmt: skip
+                    slider = gr.ImageSlider(
+                        show_label=False,
+                        label="",
+                        interactive=False,
+                        elem_id="adapters-slider",
+                        buttons=["fullscreen"],
+                        visible=False,
+                    )
                     heat = gr.HTML(elem_id="adapters-heat", apply_default_css=False)
                     merge_name = gr.Textbox(label=t("adapters.name"), elem_id="adapters-merge-name", max_length=100)
                     with gr.Row():
@@ -133,7 +238,14 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
         except UserError as error:
             return _said(str(error), bad=True)
 
-    gr.on([demo.load, *(item.change for item in filters)], show_cards, [*filters, chosen], cards, trigger_mode="always_last", **QUICK)  # fmt: skip
+    gr.on(
+        [demo.load, *(item.change for item in filters)],
+        show_cards,
+        [*filters, chosen],
+        cards,
+        trigger_mode="always_last",
+        **QUICK,
+    )
     cards.select(act, [chosen, mix], [chosen, mix, tabs], **QUICK)
     chosen.change(show_chosen, chosen, [head, inspection, *fields, new_name], **QUICK).then(
         show_cards, [*filters, chosen], cards, **QUICK
@@ -309,7 +421,11 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
                 return drawing.id, gr.skip(), gr.skip()
             with Image.open(path) as image:
                 images.append(image.convert("RGB"))
-        return drawing.id, gr.ImageSlider(value=tuple(images), visible=True), _said(t("adapters.mix.preview.about"))
+        return (
+            drawing.id,
+            gr.ImageSlider(value=(images[0], images[1]), visible=True),
+            _said(t("adapters.mix.preview.about")),
+        )
 
     def latest_trial() -> int:
         drawing = studio.desk.latest("trial")

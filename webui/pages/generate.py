@@ -114,11 +114,31 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
                     label=t("generate.size"),
                     elem_id="generate-size",
                 )
-                side_x = gr.Number(width, label=t("generate.width"), precision=0, minimum=8, maximum=2048, elem_id="generate-width", min_width=80)  # fmt: skip
-                side_y = gr.Number(height, label=t("generate.height"), precision=0, minimum=8, maximum=2048, elem_id="generate-height", min_width=80)  # fmt: skip
+                side_x = gr.Number(
+                    width,
+                    label=t("generate.width"),
+                    precision=0,
+                    minimum=8,
+                    maximum=2048,
+                    elem_id="generate-width",
+                    min_width=80,
+                )
+                side_y = gr.Number(
+                    height,
+                    label=t("generate.height"),
+                    precision=0,
+                    minimum=8,
+                    maximum=2048,
+                    elem_id="generate-height",
+                    min_width=80,
+                )
             with gr.Row():
-                seed = gr.Number(1, label=t("generate.seed"), precision=0, minimum=0, elem_id="generate-seed", min_width=120)  # fmt: skip
-                clip_skip = gr.Slider(1, 4, 1, step=1, label=t("generate.clip_skip"), elem_id="generate-clip-skip", min_width=120)  # fmt: skip
+                seed = gr.Number(
+                    1, label=t("generate.seed"), precision=0, minimum=0, elem_id="generate-seed", min_width=120
+                )
+                clip_skip = gr.Slider(
+                    1, 4, 1, step=1, label=t("generate.clip_skip"), elem_id="generate-clip-skip", min_width=120
+                )
             seed_mode = gr.Radio(
                 [(t(f"generate.seed.{mode}"), mode) for mode in SEED_MODES],
                 value="random",
@@ -139,7 +159,10 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
                 with gr.Tab(t("generate.tab.pictures"), id="pictures"):
                     gallery = gr.HTML(elem_id="generate-gallery", apply_default_css=False, js_on_load=LISTEN)
                 with gr.Tab(t("generate.tab.compare"), id="compare"):
-                    gr.HTML(str(html('<p class="hint">{text}</p>', text=t("generate.compare.about"))), apply_default_css=False)  # fmt: skip
+                    gr.HTML(
+                        str(html('<p class="hint">{text}</p>', text=t("generate.compare.about"))),
+                        apply_default_css=False,
+                    )
                     compare = gr.Button(t("generate.compare.go"), elem_id="generate-compare")
                     slider = gr.ImageSlider(
                         show_label=False, label="", interactive=False, elem_id="generate-slider", buttons=["fullscreen"]
@@ -147,11 +170,31 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
                 with gr.Tab(t("generate.tab.grid"), id="grid"):
                     axes = [(t(f"generate.axis.{name}"), name) for name in AXES]
                     with gr.Row():
-                        x_name = gr.Dropdown(axes, value="strength", label=t("generate.grid.x"), elem_id="generate-x", min_width=140)  # fmt: skip
-                        x_values = gr.Textbox("0, 0.5, 1", label=t("generate.grid.values"), elem_id="generate-x-values", scale=2, max_length=4000)  # fmt: skip
+                        x_name = gr.Dropdown(
+                            axes, value="strength", label=t("generate.grid.x"), elem_id="generate-x", min_width=140
+                        )
+                        x_values = gr.Textbox(
+                            "0, 0.5, 1",
+                            label=t("generate.grid.values"),
+                            elem_id="generate-x-values",
+                            scale=2,
+                            max_length=4000,
+                        )
                     with gr.Row():
-                        y_name = gr.Dropdown([(t("generate.grid.none"), ""), *axes], value="seed", label=t("generate.grid.y"), elem_id="generate-y", min_width=140)  # fmt: skip
-                        y_values = gr.Textbox("1, 2", label=t("generate.grid.values"), elem_id="generate-y-values", scale=2, max_length=4000)  # fmt: skip
+                        y_name = gr.Dropdown(
+                            [(t("generate.grid.none"), ""), *axes],
+                            value="seed",
+                            label=t("generate.grid.y"),
+                            elem_id="generate-y",
+                            min_width=140,
+                        )
+                        y_values = gr.Textbox(
+                            "1, 2",
+                            label=t("generate.grid.values"),
+                            elem_id="generate-y-values",
+                            scale=2,
+                            max_length=4000,
+                        )
                     about = gr.HTML(elem_id="generate-grid-about", apply_default_css=False)
                     draw_grid = gr.Button(t("generate.grid.go"), elem_id="generate-grid-go")
                     grid = gr.HTML(elem_id="generate-grid", apply_default_css=False)
@@ -268,8 +311,12 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
     stop.click(cancel, None, said, **QUICK)
     gr.on(
         [demo.load, *(field.change for field in (*axis_fields, prompt))],
-        describe_grid, [*axis_fields, *fields], about, trigger_mode="always_last", **QUICK,
-    )  # fmt: skip
+        describe_grid,
+        [*axis_fields, *fields],
+        about,
+        trigger_mode="always_last",
+        **QUICK,
+    )
 
     # ---- What is there ----
 
@@ -306,10 +353,20 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
     def fill(request: Request) -> list[object]:
         w, h = request.size or (gr.skip(), gr.skip())
         return [
-            request.prompt, request.negative, request.steps, request.cfg,
-            request.sampler if request.sampler in SAMPLERS else "ddim", request.clip_skip, gr.skip(), w, h,
-            request.seed, "fixed", show_stack(request.prompt), f"{w}x{h}" if request.size else gr.skip(),
-        ]  # fmt: skip
+            request.prompt,
+            request.negative,
+            request.steps,
+            request.cfg,
+            request.sampler if request.sampler in SAMPLERS else "ddim",
+            request.clip_skip,
+            gr.skip(),
+            w,
+            h,
+            request.seed,
+            "fixed",
+            show_stack(request.prompt),
+            f"{w}x{h}" if request.size else gr.skip(),
+        ]
 
     filled = [*fields, stack, size]
     nothing: list[object] = [gr.skip()] * len(filled)
@@ -328,9 +385,18 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
             case "again" if picture.parameters:
                 request, unknown = studio.settle(picture.parameters)
                 form = DrawingForm(
-                    request.prompt, request.negative, request.steps, request.cfg, request.sampler,
-                    request.clip_skip, 1, picture.width, picture.height, 0, "random",
-                )  # fmt: skip
+                    request.prompt,
+                    request.negative,
+                    request.steps,
+                    request.cfg,
+                    request.sampler,
+                    request.clip_skip,
+                    1,
+                    picture.width,
+                    picture.height,
+                    0,
+                    "random",
+                )
                 said, _ = order(base_id, *vars(form).values())
                 return [*nothing, said or _about_unknown(t, unknown, "")]
         return [*nothing, ""]

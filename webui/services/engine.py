@@ -5,6 +5,7 @@ It is a process of its own that outlives the web UI, and keeps its base in memor
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import threading
@@ -142,12 +143,10 @@ class Engine:
 
 def end(record: Record) -> None:
     """Ask the engine to end, and end it if it does not."""
-    try:
+    with contextlib.suppress(httpx.HTTPError):
         httpx.post(
             f"{record.url}/v1/shutdown", headers={"Authorization": f"Bearer {record.token}"}, timeout=5, trust_env=False
         )
-    except httpx.HTTPError:
-        pass
     try:
         process = psutil.Process(record.pid)
         process.wait(20)

@@ -43,7 +43,8 @@ class Preset:
 
     @property
     def fields(self) -> Fields:
-        return fields_from_toml(self.toml, self.id)[0]
+        """Without the run folder, which follows from the name that the user will give."""
+        return fields_from_toml(self.toml, self.id)[0] | {"run.output": ""}
 
 
 def presets(folder: Path = CONFIGS) -> dict[str, Preset]:
@@ -61,8 +62,6 @@ def presets(folder: Path = CONFIGS) -> dict[str, Preset]:
 def apply(preset: Fields, fields: Fields, touched: set[str]) -> Fields:
     """The preset's settings with the subject that the user has already set."""
     own = {name: text for name, text in fields.items() if name in touched and _OWN.fullmatch(name)}
-    if "run.name" in own and "run.output" not in own:
-        own["run.output"] = ""
     return preset | own
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from lora_diffusion.errors import UserError
@@ -50,10 +51,8 @@ class Studio:
         """Let the paused runs go on."""
         with self._lock:
             for id in list(self.paused):
-                try:
+                with suppress(UserError):  # someone else resumed or ended it
                     self.queue.resume(id)
-                except UserError:
-                    pass  # someone else resumed or ended it
                 self.paused.discard(id)
 
     def sample_live(self, request: Request) -> Job | None:
