@@ -43,7 +43,8 @@ def add(
         settings = TrainConfig.load(config, overrides or ())
         toml = settings.to_toml() if overrides else read_text(config)
         job = _queue(root).add(toml)
-        typer.echo(f"job {job.id}: {job.name}, run folder {job.run}")
+        place = f" at place {job.position}" if job.position else ""
+        typer.echo(f"job {job.id}: {job.name} is {job.status}{place}, run folder {job.run}")
 
 
 @queue_app.command(name="list")

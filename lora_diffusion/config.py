@@ -252,7 +252,8 @@ class OptimizerConfig(Section):
     text_encoder_steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
     """Steps after which the text encoders' adapters stay as they are, while the UNet's go on. Not given: never."""
     weight_decay: float = Field(default=0.01, ge=0, le=10)
-    """Pull of the adapter's weights towards zero, in units of the learning rate (decoupled)."""
+    """Pull of the adapter's weights towards zero, in units of the learning rate (decoupled). Weights whose zero would
+    change the base are left out: the magnitudes of `dora`, and all with `init` `pissa` or `olora`."""
     betas: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Strict(False)] = (
         0.9,
         0.999,

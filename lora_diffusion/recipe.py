@@ -18,6 +18,7 @@ from lora_diffusion.config import TrainConfig
 from lora_diffusion.data.cache import LatentCache, TextCache
 from lora_diffusion.data.folder import write_report
 from lora_diffusion.errors import UserError
+from lora_diffusion.formats.argument import parse_adapter
 from lora_diffusion.formats.metadata import TrainingFacts, build_metadata
 from lora_diffusion.generation.engine import Engine, Request
 from lora_diffusion.models.base import Conditioning, DiffusionModel
@@ -311,7 +312,7 @@ def _facts(
         tag_frequency=_tag_frequency(config, data),
         zero_terminal_snr=bool(model.scheduler_config["rescale_betas_zero_snr"]),
         bucket_counts=Counter((sample.bucket.width, sample.bucket.height) for sample in data.training),
-        comment=f"for a base with {', '.join(config.model.merge)} merged in" if config.model.merge else None,
+        comment=_comment(config),
         program_version=__version__,
     )
 
@@ -324,3 +325,9 @@ def _tag_frequency(config: TrainConfig, data: TrainingSet) -> dict[str, Counter[
         )
         for table, scan in zip(config.dataset, data.scans, strict=True)
     }
+
+
+def _comment(config: TrainConfig) -> str | None:
+    """What a user of the file must know: which adapters the base had in it, by name and strength."""
+    merged = [(path.name, strength) for path, strength in map(parse_adapter, config.model.merge)]
+    return f"for a base with {', '.join(f'{name}:{x:g}' for name, x in merged)} merged in" if merged else None

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from lora_diffusion.adapters.base import Adapter, Dropout, Layer
+from lora_diffusion.adapters.geometry import UP
 from lora_diffusion.adapters.inject import inject, merge, select_layers
 from lora_diffusion.adapters.kinds import ADAPTERS, adapter_from_tensors
 from lora_diffusion.config import TrainConfig
@@ -76,7 +77,10 @@ def inject_adapters(config: TrainConfig, model: DiffusionModel, *, is_resumed: b
                     f"[adapter] {name}: {expression!r} is found in none of the {len(paths)} layers with an adapter. "
                     f"A path looks like {max(paths, key=len, default='')!r}."
                 )
-    start = _Start(settings.start_from, model) if settings.start_from and not is_resumed else None
+    start = None
+    if settings.start_from is not None and not is_resumed:
+        has_patterns = bool(settings.rank_pattern or settings.alpha_pattern)
+        start = _Start(settings.start_from, model, has_patterns=has_patterns)
     adapters: Adapters = {}
     for part, layers in chosen.items():
         kept = {path: layer for path, layer in layers.items() if _first(settings.lr_pattern, path, 1.0) > 0}
@@ -90,7 +94,20 @@ def inject_adapters(config: TrainConfig, model: DiffusionModel, *, is_resumed: b
         adapters[part] = inject(model.parts[part].module, kept, make)
     if start is not None:
         start.finish()
+    _check_not_empty(config, adapters)
     return adapters
+
+
+def _check_not_empty(config: TrainConfig, adapters: Adapters) -> None:
+    if adapters["unet"]:
+        return
+    if len(adapters) == 1:
+        raise UserError("[adapter] lr_pattern: every layer has learning rate 0, so nothing is left to train.")
+    if config.optimizer.text_encoder_steps is not None:
+        raise UserError(
+            "[optimizer] text_encoder_steps: adapter.lr_pattern gives every layer of the UNet learning rate 0, so "
+            "nothing would be trained after that step. Leave it out and set run.steps."
+        )
 
 
 def trained_parts(config: TrainConfig, model: DiffusionModel) -> list[str]:
@@ -111,17 +128,19 @@ def learning_rates(config: TrainConfig) -> dict[str, float]:
 
 
 def parameter_groups(config: TrainConfig, adapters: Adapters) -> list[dict[str, Any]]:
-    """One group for each learning rate in each part, the UNet's own rate first."""
+    """One group for each learning rate in each part, the UNet's own rate first, and apart what must not decay."""
     rates, groups = learning_rates(config), []
     for part, by_path in adapters.items():
-        by_factor: dict[float, list[torch.nn.Parameter]] = {1.0: []}
+        by_kind: dict[tuple[float, bool], list[torch.nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
         for path, adapter in by_path.items():
             factor = _first(config.adapter.lr_pattern, path, 1.0)
-            by_factor.setdefault(factor, []).extend(adapter.trained())
+            undecayed = {id(parameter) for parameter in adapter.undecayed()}
+            for parameter in adapter.trained():
+                by_kind.setdefault((factor, id(parameter) not in undecayed), []).append(parameter)
         until = None if part == "unet" else config.optimizer.text_encoder_steps
         groups += [
-            parameter_group(parameters, rates[part] * factor, until=until)
-            for factor, parameters in by_factor.items()
+            parameter_group(parameters, rates[part] * factor, until=until, decays=decays)
+            for (factor, decays), parameters in by_kind.items()
             if parameters
         ]
     return groups
@@ -158,8 +177,10 @@ def _first(patterns: Mapping[str, V], path: str, otherwise: V) -> V:
 class _Start:
     """A file whose weights new adapters take over."""
 
-    def __init__(self, path: Path, model: DiffusionModel) -> None:
+    def __init__(self, path: Path, model: DiffusionModel, *, has_patterns: bool) -> None:
+        """has_patterns: the new adapters' alphas may differ from layer to layer."""
         self._path = path
+        self._has_patterns = has_patterns
         attachment = AdapterFile.read(path).attach(model.parts)
         if attachment.unread:
             raise UserError(f"{path}: {attachment.unread[0]} is no layer of this base. Start from a file made for it.")
@@ -174,7 +195,13 @@ class _Start:
         there = adapter_from_tensors(match.layer, match.tensors)
         own, theirs = adapter.state(), there.state()
         shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in (own, theirs)]
-        if there.kind != adapter.kind or shapes[0] != shapes[1] or _scale(there) != _scale(adapter):
+        ratio = _scale(there) / _scale(adapter)
+        if self._has_patterns and UP in theirs:
+            # Our files have one alpha for a whole component: what a pattern says of a layer is in its lora_up.
+            theirs = theirs | {UP: theirs[UP] * ratio}
+            ratio = 1.0
+        # Files hold alpha as float32.
+        if there.kind != adapter.kind or shapes[0] != shapes[1] or not math.isclose(ratio, 1, rel_tol=1e-6):
             raise UserError(
                 f"{self._path}: for {part}.{path} it holds a {_described(there)}, but the config asks for a "
                 f"{_described(adapter)}. Set kind, rank and alpha in [adapter] as in the file, or resize the file."

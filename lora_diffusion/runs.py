@@ -36,6 +36,7 @@ STARTING_FILES = ("config.toml", "state.json", "log.txt", "dataset.json", "contr
 PROCESS_START_TOLERANCE_S = (
     2.0  # the system's boot time, which process starts are counted from, is rounded and adjusted
 )
+MAX_SILENCE_ELSEWHERE_S = 900.0  # encoding pictures and measuring give no sign of life between steps
 MAX_REQUEST_BYTES = 100_000  # of a control file: some prompts and numbers
 MIN_FREE_BYTES = 100_000_000  # an adapter of rank 16 with its optimiser state is about 40 MB
 
@@ -69,9 +70,15 @@ class RunState:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the process that wrote this still runs; on another machine it is taken at its word."""
-        if self.status != "running" or self.host != socket.gethostname():
-            return self.status == "running"
+        """Whether the process that wrote this still runs.
+
+        On another machine, or in a container that has been replaced, nobody can look: there it is taken at its word
+        for as long as it has given one lately.
+        """
+        if self.status != "running":
+            return False
+        if self.host != socket.gethostname():
+            return time.time() - self.heartbeat < MAX_SILENCE_ELSEWHERE_S
         return is_process(self.pid, self.process_start)
 
 

@@ -111,9 +111,12 @@ def trainers(root: Path) -> list[psutil.Process]:
     return found
 
 
-def kill_all(root: Path) -> None:
-    for process in trainers(root):
+def kill_all(root: Path) -> int:
+    """Kills every trainer of this workspace; returns how many there were."""
+    found = trainers(root)
+    for process in found:
         try:
             process.kill()
         except psutil.Error:
             continue
+    return len(found)

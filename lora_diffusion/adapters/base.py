@@ -14,6 +14,8 @@ from lora_diffusion.adapters.frozen import Layer, stored_weight, wide
 
 __all__ = ["Adapter", "Dropout", "Layer", "changed_weight", "with_weight"]
 
+_BELOW_LIMIT = 1 - 1e-5  # so that float32 rounding does not leave a limited change above the limit, to be limited again
+
 
 @dataclass(frozen=True)
 class Dropout:
@@ -78,6 +80,10 @@ class Adapter(nn.Module, ABC):
         """The parameters of the adapter, without the base's."""
         return [parameter for name, parameter in self.named_parameters() if not name.startswith("base.")]
 
+    def undecayed(self) -> list[nn.Parameter]:
+        """Those of `trained()` that weight decay must leave alone, as 0 does not mean "no change" for them."""
+        return []
+
     def delta_norm(self) -> Tensor:
         """Frobenius norm of `delta()`, 0-d."""
         return self.delta().square().sum().sqrt()
@@ -87,7 +93,7 @@ class Adapter(nn.Module, ABC):
         """Scale the change down to the norm `limit` if it is larger; whether that was needed."""
         norm = self.delta_norm().item()
         if norm > limit:
-            self.scale_delta(limit / norm)
+            self.scale_delta(limit / norm * _BELOW_LIMIT)
         return norm > limit
 
     def forward(self, x: Tensor) -> Tensor:
@@ -108,7 +114,9 @@ class Adapter(nn.Module, ABC):
         """Whether module dropout leaves this adapter out of the present batch."""
         if self.dropout_seed is None or self.dropout.module == 0:
             return False
-        return bool(torch.rand((), generator=torch.Generator().manual_seed(self.dropout_seed)) < self.dropout.module)
+        # Not the seed that the other kinds of dropout start from: they would depend on this number.
+        generator = torch.Generator().manual_seed(self.dropout_seed ^ 1)
+        return bool(torch.rand((), generator=generator) < self.dropout.module)
 
 
 def with_weight(base: Layer, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

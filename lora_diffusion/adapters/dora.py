@@ -82,6 +82,9 @@ class DoRA(Adapter):
     def trained(self) -> list[nn.Parameter]:
         return [*self.direction.trained(), self.dora_scale]
 
+    def undecayed(self) -> list[nn.Parameter]:
+        return [*self.direction.undecayed(), self.dora_scale]
+
     def delta_norm(self) -> Tensor:
         """Of the change inside, which is what a norm limit is about."""
         return self.direction.delta_norm()

@@ -44,7 +44,7 @@ class LoKr(Adapter):
         init: str = "default",
         factor: int = -1,
     ) -> None:
-        """factor: a and b are the largest divisors up to it; -1 the ones nearest to the square root.
+        """factor: size of a and b, see `split`; -1 is as near to the square root as the layer allows.
 
         generator: on the CPU, draws the start; None is a fixed seed. Raises ValueError for an init but "default".
         """
@@ -143,10 +143,14 @@ def _multiplied(whole: Tensor | None, a: Tensor | None, b: Tensor | None) -> Ten
 
 
 def split(size: int, factor: int = -1) -> tuple[int, int]:
-    """`size` as a product (small, large): small is its largest divisor up to `factor`, or up to the root for -1.
+    """`size` as a product (small, large), where either is `factor` if that divides `size`.
 
-    As LyCORIS splits: 320 → (16, 20), or (8, 40) with factor 8.
+    Otherwise small is the largest divisor up to the root, and up to the factor if one is given. As LyCORIS splits:
+    320 → (16, 20), or (8, 40) with factor 8, or (10, 32) with factor 12.
     """
-    limit = math.isqrt(size) if factor < 1 else min(factor, size)
-    small = max(divisor for divisor in range(1, limit + 1) if size % divisor == 0)
-    return (small, size // small) if small <= size // small else (size // small, small)
+    if factor > 0 and size % factor == 0:
+        small = factor
+    else:
+        limit = math.isqrt(size) if factor < 1 else min(factor, math.isqrt(size))
+        small = max(divisor for divisor in range(1, limit + 1) if size % divisor == 0)
+    return min(small, size // small), max(small, size // small)

@@ -84,6 +84,9 @@ class LoRA(Adapter):
         down, up = self.factors()
         return (self.scale * (up.flatten(1) @ down.flatten(1))).reshape(self.base.weight.shape)
 
+    def undecayed(self) -> list[nn.Parameter]:
+        return [] if self.start_down is None else self.trained()
+
     def delta_norm(self) -> Tensor:
         down, up = (factor.flatten(1) for factor in self.factors())
         # ‖U D‖² = tr(UᵀU · DDᵀ), of size rank x rank

@@ -29,6 +29,9 @@ from lora_diffusion.formats.peft_file import peft_alphas, peft_metadata, peft_te
 
 Modules = Mapping[str, Mapping[str, Tensor]]
 
+_EXACT = (ALPHA, DORA_SCALE)
+"""Parts that are always written as float32: rounding one would change the whole of a layer, not just the change."""
+
 
 class FilePart(Protocol):
     """A component of a base model that knows what its modules are called in files."""
@@ -122,7 +125,7 @@ class AdapterFile:
             for part, by_path in adapters.items()
             for path, adapter in by_path.items()
         }
-        return cls(_with_one_alpha_per_part(modules), metadata or {}, family=family)
+        return cls(_with_one_alpha_per_component(modules), metadata or {}, family=family)
 
     def write(self, path: Path, *, format: Format = "kohya", dtype: torch.dtype | None = torch.float16) -> None:
         """Replaces `path` atomically, then reads it back and compares.
@@ -189,7 +192,7 @@ class AdapterFile:
             return {key: tensor.to(dtype or tensor.dtype).contiguous() for key, tensor in tensors.items()}
         return {
             f"{name_in_file(name, self.family)}.{part}": tensor.to(
-                torch.float32 if part == ALPHA else dtype or tensor.dtype
+                torch.float32 if part in _EXACT else dtype or tensor.dtype
             ).clone(memory_format=torch.contiguous_format)
             for name, parts in self.modules.items()
             for part, tensor in parts.items()
@@ -293,8 +296,11 @@ def _scales(file: AdapterFile) -> dict[str, float]:
     }
 
 
-def _with_one_alpha_per_part(modules: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """The same changes with one alpha in each part: where they differ, diffusers takes the most frequent for many."""
+def _with_one_alpha_per_component(modules: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """The same changes with one alpha in each component.
+
+    Of differing ones diffusers (0.42) takes the most frequent for all of a text encoder and all attention layers.
+    """
     for prefix in ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_"):
         members = [parts for name, parts in modules.items() if name.startswith(prefix) and UP in parts]
         alphas = Counter(parts[ALPHA].item() for parts in members)

@@ -107,6 +107,7 @@ def legacy_hash(data: bytes, metadata: Mapping[str, str]) -> str:
     return hashlib.sha256(with_metadata(data, kept)[0x100000:0x110000]).hexdigest()[:8]
 
 
+DIM = "ss_network_dim"
 BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
 """`ss_base_model_version` where nothing more is known than the family."""
 
@@ -132,7 +133,8 @@ def network_metadata(
     about_base = {"ss_base_model_version": version, "ss_v2": str(version.startswith("sd_v2"))} if version else {}
     return about_base | {
         "ss_network_module": "networks.lora" if set(kinds) == {"lora"} else "lycoris.kohya",
-        "ss_network_dim": rank if (rank := _common_rank(plain)) != "0" else given.get("ss_network_dim", "1"),
+        # A LoKr without factors has no rank; what the config said is the best to tell then.
+        DIM: _common_rank(plain) if any(g.rank for g in plain.values()) else given.get(DIM, "0"),
         "ss_network_alpha": _common_alpha(plain, alphas),
         "ss_network_args": json.dumps(args),
     }
@@ -143,7 +145,8 @@ def _is_convolution(name: str) -> bool:
 
 
 def _common_rank(geometries: Mapping[str, Geometry]) -> str:
-    return str(Counter(geometry.rank for geometry in geometries.values()).most_common(1)[0][0])
+    ranks = Counter(geometry.rank for geometry in geometries.values() if geometry.rank)
+    return str(ranks.most_common(1)[0][0] if ranks else 0)
 
 
 def _common_alpha(geometries: Mapping[str, Geometry], alphas: Mapping[str, float]) -> str:

@@ -34,7 +34,7 @@ come on top."""
 _SEGMENT = re.compile(rf"({'|'.join(sorted(SEGMENTS, key=len, reverse=True))}|\d+)(?:_|$)")
 _LDM_START = re.compile(r"(?:input_blocks|middle_block|output_blocks|time_embed|label_emb|out)_\d")
 _PEFT_KEY = re.compile(
-    r"(?:base_model\.model\.)?(unet|text_encoder|text_encoder_2)\.(.+)\."
+    r"(?:base_model\.model\.)?(?:(unet|text_encoder|text_encoder_2)\.)?(.+)\."
     r"(lora_[AB](?:\.default)?\.weight|lora_magnitude_vector(?:\.default)?(?:\.weight)?)"
 )
 _LYCORIS_PREFIX = "lycoris_"  # of the LyCORIS library outside kohya's trainer; it means the UNet
@@ -128,11 +128,22 @@ def from_peft_key(key: str, *, two_encoders: bool = False) -> tuple[str, str] | 
     if match is None:
         return None
     component, path, tensor = match.groups()
+    component = component or _component_of(path)
+    if component is None:
+        return None
     prefix = {"unet": "lora_unet", "text_encoder": "lora_te1" if two_encoders else "lora_te"}.get(component, "lora_te2")
     if component != "unet" and not path.startswith("text_model."):
         path = f"text_model.{path}"  # transformers 5 module paths lack a level that every reader of kohya files expects
     part = {"A": DOWN, "B": UP}.get(tensor.removeprefix("lora_")[0], DORA_SCALE)
     return kohya_name(prefix, path), part
+
+
+def _component_of(path: str) -> str | None:
+    """The component that a path without one is in: files of a single PEFT model have such names."""
+    first = path.partition(".")[0]
+    if first in ("down_blocks", "mid_block", "up_blocks"):
+        return "unet"
+    return "text_encoder" if first in ("text_model", "encoder") else None
 
 
 def _modern(key: str) -> str:

@@ -97,7 +97,7 @@ def peft_alphas(
     tensors: the scale cannot be known then. The same for a file of PEFT itself without its `adapter_config.json`.
     """
     if METADATA_KEY in metadata:
-        config = _parse(path, metadata[METADATA_KEY])
+        config = _of_every_component(_parse(path, metadata[METADATA_KEY]))
         return {name: _alpha(path, name, rank, config) for name, rank in ranks.items()}
     if any(key.startswith(_PEFT_ROOT) for keys in modules.values() for key in keys.values()):
         config = _adapter_config(path)
@@ -115,7 +115,14 @@ def _adapter_config(path: Path) -> dict[str, Any]:
             f"{path}: PEFT saved this file, and its strength is in {_ADAPTER_CONFIG}, which is not beside it. Put the "
             "two together."
         ) from None
-    return {f"{part}.{key}": value for part in set(PEFT_PREFIXES.values()) for key, value in settings.items()}
+    return _of_every_component(settings)
+
+
+def _of_every_component(config: dict[str, Any]) -> dict[str, Any]:
+    """The config of a single model, whose keys name no component, as if it were that of each."""
+    if "r" not in config:
+        return config
+    return {f"{part}.{key}": value for part in set(PEFT_PREFIXES.values()) for key, value in config.items()}
 
 
 def _parse(path: Path, text: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ ACTIVE: tuple[JobStatus, ...] = ("starting", "running")
 
 _LAST_BYTES = 16_000
 _ENDED_BY = re.compile(rb"died with <Signals\.\w+: (\d+)>")  # how Python's subprocess tells it, for accelerate
+_TRACEBACK = (" ", "Traceback", "subprocess.CalledProcessError")  # accelerate's, after what the training process said
 _ERROR = re.compile(r"^Error: (.+?)(?=^Traceback|\Z)", re.DOTALL | re.MULTILINE)
 
 
@@ -118,11 +119,11 @@ def _interruption(
 
 
 def _printed_error(printed: bytes) -> str:
-    """What a command of ours printed as its error, or else the last line of all."""
+    """What a command of ours printed as its error, or else the last line that tells something."""
     text = printed.decode("utf-8", "replace")
     if errors := _ERROR.findall(text):
         return errors[-1].strip()
-    lines = text.strip().splitlines()
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith(_TRACEBACK)]
     return lines[-1].strip() if lines else ""
 
 

@@ -18,13 +18,17 @@ Command = Callable[[Path, bool], list[str]]
 
 
 def train_command(config: Path, resume: bool) -> list[str]:
-    """One training process, through accelerate's launcher with everything said that it would ask for."""
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """One training process, through accelerate's launcher with everything said that it would ask for.
+
+    It has as many threads as OMP_NUM_THREADS says, or as there are cores.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = os.environ.get("OMP_NUM_THREADS", "")
     # Not with --quiet, which keeps back the signal that ended the training process.
     return [
         *(sys.executable, "-m", "accelerate.commands.launch"),
         *("--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
-        *("--num_cpu_threads_per_process", str(threads)),
+        *("--num_cpu_threads_per_process", threads if threads.isdecimal() else str(cores)),
         *("-m", "lora_diffusion", "train", "--config", str(config)),
         *(("--resume",) if resume else ()),
     ]

@@ -5,6 +5,7 @@ The database knows what was asked for; how a job is, is looked up at every call 
 
 from __future__ import annotations
 
+import re
 import time
 import zlib
 from collections.abc import Callable, Container
@@ -77,7 +78,10 @@ class Queue:
         return jobs + self._foreign_jobs(entries)
 
     def job(self, id: int) -> Job:
-        found = next((job for job in self.jobs() if job.id == id), None)
+        jobs = self.jobs()
+        found = next((job for job in jobs if job.id == id), None)
+        if found is None and id < 0:  # it was taken into the queue since the caller looked
+            found = next((job for job in jobs if _foreign_id(job.run) == id), None)
         if found is None:
             raise QueueError(f"There is no job {id}. `lora-diffusion queue list` shows those there are.")
         return found
@@ -85,7 +89,7 @@ class Queue:
     def config(self, id: int) -> str:
         """The job's TOML."""
         job = self.job(id)
-        path = config_file(self.workspace, id) if id > 0 else RunFolder(job.run).config
+        path = config_file(self.workspace, job.id) if job.id > 0 else RunFolder(job.run).config
         try:
             return path.read_text(encoding="utf-8")
         except OSError as error:
@@ -188,11 +192,10 @@ class Queue:
     def _again(self, id: int, *, first: bool) -> None:
         job = self._adopted(id)
         entry = self._store.entry(job.id)
-        if job.status == "queued" or (job.status in ACTIVE and entry.wanted == "run"):
-            return
         if job.status == "finished" and entry.steps <= job.step:
             raise QueueError(f"Job {id} is finished. Give it more steps to continue it, or duplicate it.")
-        self._store.enqueue(job.id, first=first)
+        if job.status != "queued" and not (job.status in ACTIVE and entry.wanted == "run"):
+            self._store.enqueue(job.id, first=first)
         self._start_runner(self.workspace)
 
     # Rows and folders
@@ -210,7 +213,7 @@ class Queue:
             status=condition.status,
             position=position,
             step=state.step if state else 0,
-            steps=max(state.steps, entry.steps) if state else entry.steps,
+            steps=state.steps if state and (condition.status in ACTIVE or not entry.steps) else entry.steps,
             seconds_per_step=_speed(condition),
             error=condition.error,
             created=entry.created,
@@ -223,7 +226,7 @@ class Queue:
         forgotten = {self.workspace.root / entry.run: entry.forgotten for entry in entries if entry.forgotten}
         jobs: list[Job] = []
         for folder in self.workspace.run_folders():
-            if folder in owned:
+            if folder in owned or _is_leftover(folder):
                 continue
             condition = condition_of_run(RunFolder(folder))
             state = condition.state
@@ -235,7 +238,7 @@ class Queue:
     def _adopted(self, id: int) -> Job:
         """The job; a run from a terminal becomes an entry of the queue first."""
         job = self.job(id)
-        if id > 0:
+        if job.id > 0:
             return job
         toml = self.config(id)
         config = TrainConfig.parse(toml, str(RunFolder(job.run).config))
@@ -268,9 +271,20 @@ def _speed(condition: Condition) -> float | None:
     return (state.seconds_per_step or None) if state and condition.status == "running" else None
 
 
+def _is_leftover(folder: Path) -> bool:
+    """Whether a start that came to nothing was moved aside here when the run was started again."""
+    if not re.fullmatch(r".+-previous-\d+", folder.name):
+        return False
+    return not RunFolder(folder).has_checkpoint and not any(folder.glob("*.safetensors"))
+
+
+def _foreign_id(folder: Path) -> int:
+    return -1 - zlib.crc32(folder.name.encode())
+
+
 def _foreign_job(folder: Path, condition: Condition, state: RunState | None) -> Job:
     return Job(
-        id=-1 - zlib.crc32(folder.name.encode()),
+        id=_foreign_id(folder),
         name=folder.name,
         run=folder,
         status=condition.status,

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import filelock
 
+from lora_diffusion.errors import UserError
 from lora_diffusion.files import write_bytes_atomically
 from lora_diffusion.jobs.condition import is_launcher_alive
 from lora_diffusion.jobs.device_lock import DEVICE, VARIABLE
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 _LOCK_TIMEOUT_S = 5.0  # whoever asks whether a runner lives holds the lock for a moment
 _MAX_LOG_BYTES = 1_000_000
+_MAX_ERRORS = 20  # in a row, each waited for a second longer: three minutes
+_GRACE_WITHOUT_STEPS_S = 10.0  # before the first step there is nothing that an interruption could lose
 
 
 @dataclass
@@ -97,8 +100,19 @@ class Runner:
 
     def _work(self) -> None:
         last_busy = time.monotonic()
+        num_errors = 0
         while time.monotonic() - last_busy < self.idle_s:
-            if self.turn():
+            try:
+                is_busy = self.turn()
+                num_errors = 0
+            except (UserError, OSError) as error:  # a full disk, a locked database: perhaps not for long
+                num_errors += 1
+                if num_errors > _MAX_ERRORS:
+                    raise
+                logger.warning("%s", error)
+                is_busy = True
+                time.sleep(num_errors)
+            if is_busy:
                 last_busy = time.monotonic()
             time.sleep(self.poll_s)
 
@@ -177,11 +191,13 @@ class Runner:
             run.ask("stop")  # a training that was just starting has cleared away the first request
         last_sign = max(state.heartbeat if state and is_begun else 0.0, entry.forced or entry.asked or 0.0)
         silence = time.time() - last_sign
-        slow = 20 * (state.seconds_per_step or 0.0) if state else 0.0
+        seconds_per_step = state.seconds_per_step if state and is_begun else None
+        slow = 20 * (seconds_per_step or 0.0)
+        grace_s = self.grace_s if seconds_per_step else min(self.grace_s, _GRACE_WITHOUT_STEPS_S)
         if entry.asked is None:
             self._store.change(entry.id, asked=time.time())
         elif entry.forced is None:
-            if silence > max(self.grace_s, slow):
+            if silence > max(grace_s, slow):
                 logger.warning("job %d does not stop; interrupting it", entry.id)
                 self._store.change(entry.id, forced=time.time())
                 interrupt(processes_with(self._token(entry)))

@@ -171,7 +171,10 @@ class Store:
 
     @contextmanager
     def _transaction(self, *, write: bool = True) -> Iterator[sqlite3.Connection]:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise QueueError(f"{self.path.parent} cannot be made: {error.strerror}. Choose another --root.") from error
         try:
             with closing(sqlite3.connect(self.path, timeout=_BUSY_TIMEOUT_S, isolation_level=None)) as db:
                 if db.execute("PRAGMA journal_mode").fetchone()[0] != "wal":

@@ -22,12 +22,16 @@ class OptimizerError(UserError):
     """The optimiser's package is missing."""
 
 
-def parameter_group(parameters: Sequence[nn.Parameter], lr: float, until: int | None = None) -> dict[str, Any]:
+def parameter_group(
+    parameters: Sequence[nn.Parameter], lr: float, *, until: int | None = None, decays: bool = True
+) -> dict[str, Any]:
     """`peak_lr` stays in the group beside the learning rate of the current step.
 
-    until: the number of steps that the group is trained for; None is the whole run.
+    until: the number of steps that the group is trained for; None is the whole run. decays: whether the optimiser's
+    weight decay is for this group too.
     """
-    return {"params": list(parameters), "lr": lr, "peak_lr": lr, "until": until}
+    group = {"params": list(parameters), "lr": lr, "peak_lr": lr, "until": until}
+    return group if decays else group | {"weight_decay": 0.0}
 
 
 def build_optimizer(

@@ -41,7 +41,8 @@ class Previewer:
     def draw_asked(self, step: int, content: Mapping[str, Any], on_step: OnStep | None = None) -> list[Path]:
         """Write `now-000100-0.png` … for `{"prompts": […], "seed": 7, "steps": 25, "cfg": 7.0}`.
 
-        Only prompts must be there; further ones count the seed up. Raises UserError when `content` is not of this form or cannot be drawn.
+        Only prompts must be there; further ones count the seed up. Raises UserError when `content` is not of this form
+        or cannot be drawn.
         """
         requests = [self.engine.complete(request) for request in _requests_from(content, self.template)]
         return self._write(requests, f"now-{step:06d}", on_step)

@@ -14,11 +14,12 @@ logger = logging.getLogger(__name__)
 
 _HARMLESS = re.compile(
     r"""
-    run\.(name|output|steps|epochs|save_every|save_precision|keep_checkpoints|loader_workers|log_every|device)
+    run\.(name|output|steps|epochs|save_every|keep_checkpoints|loader_workers|log_every|device)
+    | run\.(save_precision|save_format|metadata)
     | run\.batch_size           # the batch of all processes together is compared by itself
     | dataset\.\d+\.path        # pictures and captions are compared by themselves
     | model\.(attention|gradient_checkpointing)
-    | optimizer\.(lr|text_encoder_lr|weight_decay|max_grad_norm)
+    | optimizer\.(lr|text_encoder_lr|text_encoder_2_lr|weight_decay|max_grad_norm)
     | validation\.every
     | (preview|cache|schedule)\..*
     """,

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from lora_diffusion.files import last_bytes
+
 logger = logging.getLogger(__name__)
 
 FILE_ONLY = "file_only"
@@ -28,6 +30,9 @@ class MetricsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if last_bytes(path, 1) not in (b"", b"\n"):
+            with path.open("a", encoding="utf-8") as file:  # a crash cut the last line short: it costs only itself
+                file.write("\n")
         self.segment = 1 + max((int(line.get("segment", 0)) for line in read_metrics(path)), default=-1)
 
     def write(self, values: Mapping[str, Any]) -> None:

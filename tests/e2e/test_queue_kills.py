@@ -43,6 +43,7 @@ def test_runner_and_trainer_can_be_killed_at_any_moment(tmp_path: Path) -> None:
         queue.add(toml(steps=STEPS))
     runner: subprocess.Popen[bytes] | None = None
     killed = {"runner": 0, "trainer": 0, "both": 0}
+    num_trainers = 0
     try:
         for _ in range(NUM_KILLS):
             if all(job.status == "finished" for job in queue.jobs()):
@@ -56,7 +57,7 @@ def test_runner_and_trainer_can_be_killed_at_any_moment(tmp_path: Path) -> None:
                 runner.wait()
                 runner = None
             if who != "runner":
-                kill_all(tmp_path)
+                num_trainers += kill_all(tmp_path)
             killed[who] += 1
             if who == "both":
                 wait_for(lambda: not any(job.status in ACTIVE for job in queue.jobs()), 5)
@@ -76,6 +77,7 @@ def test_runner_and_trainer_can_be_killed_at_any_moment(tmp_path: Path) -> None:
         kill_all(tmp_path)
 
     assert sum(killed.values()) == NUM_KILLS and min(killed.values()) > 5
+    assert num_trainers > 10
     jobs = queue.jobs()
     assert len(jobs) >= NUM_JOBS
     assert {(job.status, job.step) for job in jobs} == {("finished", STEPS)}

@@ -198,6 +198,16 @@ def test_every_key_has_a_docstring(path: str) -> None:
         ('run.device = "cpu"\nrun.precision = "fp16"', ("run.precision", "run.device")),
         ('run.device = "cpu"\nmodel.attention = "xformers"', ("model.attention", "run.device")),
         ('model.zero_terminal_snr = true\nmodel.prediction = "epsilon"', ("zero_terminal_snr", "model.prediction")),
+        ('adapter.kind = "loha"\nadapter.init = "pissa"', ("adapter.init", "loha")),
+        ('adapter.kind = "lokr"\nadapter.init = "gaussian"', ("adapter.init", "lokr")),
+        ('adapter.kind = "loha"\nadapter.dropout = 0.1', ("adapter.dropout", "loha")),
+        ('adapter.kind = "lokr"\nadapter.rank_dropout = 0.1', ("adapter.rank_dropout", "module_dropout")),
+        ('adapter.kind = "lokr"\nadapter.rslora = true', ("adapter.rslora", "lokr")),
+        ('adapter.init = "pissa"\nadapter.max_norm = 1.0', ("adapter.max_norm", 'init "pissa"')),
+        ('adapter.init = "olora"\nadapter.max_norm = 1.0', ("adapter.max_norm", 'init "olora"')),
+        ('adapter.init = "pissa"\nadapter.start_from = "a"', ("adapter.start_from", "adapter.init")),
+        ('run.save_format = "peft"\nadapter.kind = "dora"', ("run.save_format", "adapter.kind")),
+        ('run.save_format = "peft"\nadapter.kind = "lokr"', ("run.save_format", "adapter.kind")),
         ("dataset.bucket_min = 600", ("bucket_min", "resolution")),
         ("dataset.bucket_max = 400", ("bucket_max", "resolution")),
     ],
@@ -211,7 +221,65 @@ def test_values_that_contradict_each_other_are_told_with_both_keys(settings: str
     (problem,) = problems_of(text)
 
     assert all(key in problem for key in keys)
-    assert problem.startswith("line ")
+    place, _, message = problem.partition(": ")
+    named = {key.rpartition(".")[2] for key in message.split("`")[1::2]}
+    line = text.splitlines()[int(place.removeprefix("line ")) - 1]
+    assert line.partition(" =")[0] in named
+
+
+PATTERNS = """[adapter]
+rank = 8
+alpha = 4.0
+
+[adapter.rank_pattern]
+"up_blocks\\\\.1\\\\..*to_q$" = 4
+'mid_block' = 16
+
+[adapter.alpha_pattern]
+"a \\"quoted\\" = [#] name" = 2.5
+
+[adapter.lr_pattern]
+"^down_blocks" = 0.0
+"attn2" = 0.5
+"""
+
+
+def test_patterns_survive_writing_and_reading_in_their_order() -> None:
+    config = TrainConfig.parse(MINIMAL + PATTERNS)
+    assert list(config.adapter.rank_pattern.items()) == [(r"up_blocks\.1\..*to_q$", 4), ("mid_block", 16)]
+    again = TrainConfig.parse(config.to_toml())
+    assert again == config
+    for name in ("rank_pattern", "alpha_pattern", "lr_pattern"):
+        assert list(getattr(again.adapter, name).items()) == list(getattr(config.adapter, name).items())
+        assert getattr(again.adapter, name)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('rank_pattern = {"(" = 4}', "'(' is not a regular expression"),
+        ('rank_pattern = {"to_q" = 0}', "rank_pattern"),
+        ('rank_pattern = {"to_q" = 1.5}', "rank_pattern"),
+        ('alpha_pattern = {"to_q" = 0}', "alpha_pattern"),
+        ('lr_pattern = {"to_q" = -1.0}', "lr_pattern"),
+    ],
+)
+def test_a_wrong_pattern_is_told_with_its_line_and_key(line: str, told: str) -> None:
+    (problem,) = problems_of(f"{MINIMAL}[adapter]\n{line}\n")
+
+    assert told in problem
+    assert problem.startswith(f"line {len(MINIMAL.splitlines()) + 2}:")
+
+
+def test_settings_of_adapters_without_effect_are_warnings() -> None:
+    text = MINIMAL + "[adapter]\nlokr_factor = 8\n[optimizer]\ntext_encoder_steps = 3\ntext_encoder_2_lr = 1e-5\n"
+    warnings = TrainConfig.parse(text).warnings()
+
+    assert [warning.split()[0] for warning in warnings] == [
+        "optimizer.text_encoder_2_lr",
+        "optimizer.text_encoder_steps",
+        "adapter.lokr_factor",
+    ]
 
 
 def test_a_run_without_a_length_is_told_to_give_one() -> None:

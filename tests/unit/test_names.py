@@ -17,6 +17,7 @@ from lora_diffusion.formats.names import (
     split_kohya_name,
 )
 from lora_diffusion.models.base import Part
+from tests.reference import make_other_kohya_keys as other
 from tests.sd15 import make_text_encoder, make_unet
 
 PUBLISHED = Path(__file__).parents[1].joinpath("reference", "sd15_kohya_keys.txt").read_text().split()
@@ -137,3 +138,82 @@ def test_names_outside_the_unet_are_spelled_alike_everywhere() -> None:
 def test_the_lycoris_prefix_means_the_unet() -> None:
     name = "lycoris_down_blocks_0_attentions_0_proj_in"
     assert canonical_name(name) == "lora_unet_down_blocks_0_attentions_0_proj_in"
+
+
+# SD 2.1 and SDXL
+
+
+def published(name: str) -> list[str]:
+    return (Path(__file__).parents[1] / "reference" / f"{name}_kohya_keys.txt").read_text(encoding="utf-8").split()
+
+
+def our_names_for(family: str, parts: dict[str, Part], targets: str) -> set[str]:
+    """By way of the canonical name, as `AdapterFile` makes them."""
+    found = [canonical_name(name) for part in parts.values() for name in our_names(part, targets)]
+    assert len(found) == len(set(found))
+    return {name_in_file(name, family) for name in found}
+
+
+def test_names_for_sd_2_1_are_the_published_ones() -> None:
+    parts = {
+        "unet": Part(other.make_unet(other.SD21_UNET), "lora_unet"),
+        "text_encoder": Part(other.make_text_encoder(other.CLIP_H), "lora_te", file_root="text_model."),
+    }
+    expected = published("sd21")
+    assert len(expected) == len(set(expected)) == 278 + 138
+    assert our_names_for("sd2", parts, "full") == set(expected)
+    # the same UNet as SD 1.5's, only wider
+    assert {n for n in expected if n.startswith("lora_unet")} == {n for n in PUBLISHED if n.startswith("lora_unet")}
+
+
+@pytest.fixture(scope="module")
+def sdxl_parts() -> dict[str, Part]:
+    second = other.make_text_encoder(other.CLIP_G, projects=True)
+    return {
+        "unet": Part(other.make_unet(other.SDXL_UNET), "lora_unet"),
+        "text_encoder": Part(other.make_text_encoder(other.CLIP_L), "lora_te1", file_root="text_model."),
+        "text_encoder_2": Part(second, "lora_te2", file_root="text_model."),
+    }
+
+
+def test_names_for_sdxl_are_the_published_ones(sdxl_parts: dict[str, Part]) -> None:
+    expected = published("sdxl")
+    assert len(expected) == len(set(expected)) == 722 + 66 + 72 + 192
+    assert our_names_for("sdxl", sdxl_parts, "full") == set(expected)
+
+
+def test_attention_mlp_names_for_sdxl_are_those_without_convolutions(sdxl_parts: dict[str, Part]) -> None:
+    expected = {name for name in published("sdxl") if not other.is_convolution(name)}
+    assert len(expected) == 722 + 72 + 192
+    assert our_names_for("sdxl", sdxl_parts, "attention-mlp") == expected
+
+
+def test_every_published_sdxl_name_is_read_as_a_module_of_the_model(sdxl_parts: dict[str, Part]) -> None:
+    ours = {part.file_name(path): path for part in sdxl_parts.values() for path in select_layers(part.module, "full")}
+    for name in published("sdxl"):
+        assert name_in_file(canonical_name(name), "sdxl") == name
+        assert canonical_name(name) in ours
+        assert canonical_name(canonical_name(name)) == canonical_name(name)
+
+
+def test_peft_names_of_sdxl_come_back_as_the_canonical_names() -> None:
+    for name in map(canonical_name, published("sdxl")):
+        key = f"{peft_name(name)}.lora_A.weight"
+        assert from_peft_key(key, two_encoders=True) == (name, "lora_down.weight")
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("base_model.model.mid_block.attentions.0.proj_in", "lora_unet_mid_block_attentions_0_proj_in"),
+        ("base_model.model.unet.mid_block.attentions.0.proj_in", "lora_unet_mid_block_attentions_0_proj_in"),
+        ("mid_block.attentions.0.proj_in", "lora_unet_mid_block_attentions_0_proj_in"),
+        ("base_model.model.text_model.encoder.layers.0.mlp.fc1", "lora_te_text_model_encoder_layers_0_mlp_fc1"),
+        ("base_model.model.encoder.layers.0.mlp.fc1", "lora_te_text_model_encoder_layers_0_mlp_fc1"),
+        ("base_model.model.transformer_blocks.0.attn.to_q", None),
+        ("transformer.single_blocks.0.linear1", None),
+    ],
+)
+def test_a_peft_model_of_one_component_is_known_by_its_paths(key: str, expected: str | None) -> None:
+    name = from_peft_key(f"{key}.lora_B.weight")
+    assert name == (None if expected is None else (expected, "lora_up.weight"))

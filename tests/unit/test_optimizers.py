@@ -71,5 +71,5 @@ def test_groups_keep_their_own_peak() -> None:
     a, b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
     optimizer = build_optimizer("adamw", [parameter_group([a], 1e-3), parameter_group([b], 2e-4)])
     for factor in (0.5, 0.25):  # factors are of the peak, not of each other
-        set_learning_rate(optimizer, factor)
+        set_learning_rate(optimizer, factor, step=0)
         assert [group["lr"] for group in optimizer.param_groups] == [1e-3 * factor, 2e-4 * factor]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import sqlite3
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -154,7 +155,8 @@ def test_a_stopped_job_is_not_taken_up_again_by_itself(work: Bench) -> None:
     assert work.queue.job(id).status == "stopped"
     work.queue.replace_config(id, work.queue.config(id).replace("500", "30"))
     work.queue.retry(id)
-    assert work.work_until(id, "finished").steps == 30
+    assert work.queue.job(id).steps == 30
+    assert work.work_until(id, "finished").step == 30
 
 
 def test_a_job_that_waits_can_be_paused(work: Bench) -> None:
@@ -236,6 +238,20 @@ def test_a_program_that_cannot_be_started_fails_the_job(work: Bench) -> None:
     assert job.error is not None and "/no/such/program cannot be started" in job.error.message
 
 
+def test_a_start_that_fails_without_a_message_of_ours_tells_the_line_that_says_why(work: Bench) -> None:
+    accelerate = (
+        "\nTraceback (most recent call last):\n  File\nsubprocess.CalledProcessError: Command '[…]' returned 1."
+    )
+    output = (
+        f"Traceback (most recent call last):\n  import torch\nModuleNotFoundError: No module named 'torch'{accelerate}"
+    )
+    work.runner.command = lambda config, resume: [sys.executable, "-c", f"print({output!r}); exit(1)"]
+    job = work.work_until(work.queue.add(toml()).id, "failed")
+
+    assert job.error is not None
+    assert job.error.message == "ModuleNotFoundError: No module named 'torch'"
+
+
 def test_what_cannot_be_done_is_refused_with_the_reason(work: Bench) -> None:
     id = work.queue.add(toml()).id
     work.work_until(id, "finished")
@@ -277,7 +293,23 @@ def test_a_run_from_a_terminal_is_listed_and_can_be_taken_into_the_queue(work: B
     work.queue.resume(running[0].id)
     (job,) = work.queue.jobs()
     assert (job.id > 0, job.status, job.run) == (True, "queued", run.path)
+    work.queue.resume(running[0].id)  # another tab, which has not looked since
+    assert [job.id for job in work.queue.jobs()] == [job.id]
     assert work.work_until(job.id, "finished").step == 20
+
+
+def test_what_a_start_without_a_checkpoint_left_is_moved_aside_and_not_listed(work: Bench) -> None:
+    id = work.queue.add(toml(steps=30)).id
+    work.work_until_step(id, 1)
+    work.process(id).kill()
+    run = RunFolder(work.work_until(id, "interrupted").run)
+    for checkpoint in run.checkpoints.glob("*"):
+        checkpoint.rmdir()
+    work.queue.resume(id)
+    work.work_until(id, "finished")
+
+    assert run.path.with_name("ink-previous-1").is_dir()
+    assert [job.id for job in work.queue.jobs()] == [id]
 
 
 def test_a_forgotten_job_is_off_the_list_until_its_folder_is_used_again(work: Bench) -> None:

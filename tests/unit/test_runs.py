@@ -107,11 +107,12 @@ def test_a_reused_pid_is_not_taken_for_the_run(run: RunFolder) -> None:
     assert state is not None and state.status == "died"
 
 
-def test_a_run_on_another_machine_is_taken_at_its_word() -> None:
-    state = RunState("running", pid=1, host="elsewhere")
+def test_a_run_on_another_machine_is_taken_at_its_word_while_it_gives_one() -> None:
+    state = RunState("running", pid=1, host="elsewhere", heartbeat=time.time() - 60)
 
     assert state.is_alive
     assert not replace(state, status="stopped").is_alive
+    assert not replace(state, heartbeat=time.time() - 3600).is_alive
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"status": "sleeping"}', '{"status": "running", "step": "x"}'])

@@ -49,7 +49,10 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
     def draw(_request: gr.Request, ticked: str) -> list[Markup]:
         chosen = _ids(ticked)
         rows = overview.rows()
-        return [render_runs(t, rows, chosen, time.time()), _comparison(site, t, overview, chosen) if len(rows) > 1 else Markup("")]
+        return [
+            render_runs(t, rows, chosen, time.time()),
+            _comparison(site, t, overview, chosen) if len(rows) > 1 else Markup(""),
+        ]
 
     live(demo, draw, [table, compared], [ticked])
 
