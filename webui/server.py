@@ -18,9 +18,11 @@ import anyio.to_thread
 import gradio as gr
 from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse, RedirectResponse, Response
+from gradio import themes
 
 from lora_diffusion.errors import UserError
 from webui.app import build
+from webui.files import add_file_routes
 from webui.guard import App, Guard, Limits, Message, Receive, Send
 from webui.login import Login, add_login_routes
 from webui.services.site import Site
@@ -29,6 +31,7 @@ from webui.translate import LANGUAGES
 STATIC = Path(__file__).parent / "static"
 TYPES = {
     "style.css": "text/css",
+    "studio.css": "text/css",
     "dataset.css": "text/css",
     "app.js": "text/javascript",
     "dataset.js": "text/javascript",
@@ -55,6 +58,8 @@ def make_app(
             (STATIC / name).read_bytes(), media_type=TYPES[name], headers={"Cache-Control": "max-age=31536000"}
         )
 
+    add_file_routes(app, site)
+
     @app.get("/picture/{kind}/{id:path}")
     async def picture(kind: str, id: str, request: Request, w: int = 2048) -> Response:
         try:
@@ -74,7 +79,7 @@ def make_app(
             app,
             build(site, language),
             "/" if language == "en" else f"/{language}",
-            theme=gr.themes.Base(font=["Inter", "Segoe UI", "Arial", "sans-serif"], font_mono=["monospace"]),
+            theme=themes.Base(font=["Inter", "Segoe UI", "Arial", "sans-serif"], font_mono=["monospace"]),
             head=_head(),
             run_history=False,
             footer_links=[],
@@ -120,6 +125,7 @@ def _head() -> str:
     version = hashlib.sha256(b"".join((STATIC / name).read_bytes() for name in sorted(TYPES))).hexdigest()[:12]
     return (
         f'<link rel="stylesheet" href="/static-ui/style.css?{version}">'
+        f'<link rel="stylesheet" href="/static-ui/studio.css?{version}">'
         f'<link rel="icon" href="/static-ui/icon.svg?{version}" type="image/svg+xml">'
         f'<script src="/static-ui/app.js?{version}"></script>'
         f'<link rel="stylesheet" href="/static-ui/dataset.css?{version}">'

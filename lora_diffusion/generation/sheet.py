@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from lora_diffusion.errors import UserError
-from lora_diffusion.generation.engine import Engine, OnStep
 from lora_diffusion.generation.grid import contact_sheet, stacked
 from lora_diffusion.generation.infotext import add_fields, write_parameters
 from lora_diffusion.generation.request import Request, format_number
+
+if TYPE_CHECKING:
+    from lora_diffusion.generation.engine import Engine, OnStep
 
 NONE = "none"
 """The value of the axes adapter and checkpoint that stands for the base alone."""

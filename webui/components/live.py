@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 
 import gradio as gr
+from gradio.components import Component
 from markupsafe import Markup
 
 EVERY_S = 2.0
@@ -15,7 +16,7 @@ def live(
     demo: gr.Blocks,
     render: Callable[..., Sequence[Markup]],
     outputs: Sequence[gr.HTML],
-    inputs: Sequence[gr.components.Component] = (),
+    inputs: Sequence[Component] = (),
     every_s: float = EVERY_S,
 ) -> None:
     """Fill `outputs` with what `render(request, *inputs)` returns, now and every few seconds.

@@ -105,8 +105,9 @@ def _number(value: Any) -> str:
     sign, digits, exponent = Decimal(repr(value)).normalize().as_tuple()
     if not isinstance(exponent, int):
         return str(value)
-    fraction = f".{''.join(map(str, digits[1:]))}" if len(digits) > 1 else ""
-    return f"{'-' if sign else ''}{digits[0]}{fraction}e{exponent + len(digits) - 1}"
+    first, *others = map(str, digits)
+    fraction = f".{''.join(others)}" if others else ""
+    return f"{'-' if sign else ''}{first}{fraction}e{exponent + len(digits) - 1}"
 
 
 def _quoted_if_needed(value: Any, *, one_line: bool = False, pair: bool = False, keep_empty: bool = False) -> str:

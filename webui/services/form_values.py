@@ -64,7 +64,8 @@ def toml_from_fields(fields: Mapping[str, str]) -> str:
     for section, rows in settings().items():
         if section != REPEATED:
             lines = _lines(rows, section, fields)
-            blocks += [f"[{section}]\n{lines}"] if lines else []
+            is_needed = any(row.is_required for row in rows)  # an empty table says which of its keys are missing
+            blocks += [f"[{section}]\n{lines}"] if lines or is_needed else []
             continue
         for index in range(num_tables(fields)):
             blocks.append(f"[[{section}]]\n{_lines(rows, f'{section}.{index}', fields)}")
