@@ -152,3 +152,48 @@ def test_a_module_for_the_web_server_does_not_load_torch(module: str) -> None:
     script = f"import sys, lora_diffusion.{module}; sys.exit('torch' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
+
+
+WEBUI = ROOT / "webui"
+WEBUI_MAY_IMPORT = {"config", "runs", "workspace", "jobs", "files", "errors", "container"}
+WEBUI_MODULES = {"data.captions", "data.buckets", "formats.metadata"}
+
+
+def webui_modules() -> dict[Path, ast.Module]:
+    return {path: ast.parse(path.read_text(encoding="utf-8")) for path in WEBUI.rglob("*.py")}
+
+
+def test_the_web_ui_imports_nothing_of_the_training() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {imported}"
+        for path, tree in webui_modules().items()
+        for imported in imports(tree)
+        if group_of(imported) not in WEBUI_MAY_IMPORT and imported not in WEBUI_MODULES
+    ]
+
+    assert len(webui_modules()) > 25
+    assert wrong == []
+
+
+def test_services_of_the_web_ui_know_no_page_and_no_gradio() -> None:
+    wrong: list[str] = []
+    for path, tree in webui_modules().items():
+        names = {
+            name
+            for node in ast.walk(tree)
+            for name in (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
+        }
+        is_service = path.parent.name == "services"
+        is_component = path.parent.name == "components" and path.name != "live.py"
+        if (is_service or is_component) and any(name.split(".")[0] == "gradio" for name in names):
+            wrong.append(f"{path.name} imports gradio")
+        if is_service and any(name.startswith(("webui.pages", "webui.components")) for name in names):
+            wrong.append(f"{path.name} imports a page or a component")
+
+    assert wrong == []

@@ -18,7 +18,7 @@ import anyio.to_thread
 import gradio as gr
 from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse, RedirectResponse, Response
-from gradio import themes
+from gradio.themes import Base
 
 from lora_diffusion.errors import UserError
 from webui.app import build
@@ -79,7 +79,7 @@ def make_app(
             app,
             build(site, language),
             "/" if language == "en" else f"/{language}",
-            theme=themes.Base(font=["Inter", "Segoe UI", "Arial", "sans-serif"], font_mono=["monospace"]),
+            theme=Base(font=["Inter", "Segoe UI", "Arial", "sans-serif"], font_mono=["monospace"]),
             head=_head(),
             run_history=False,
             footer_links=[],

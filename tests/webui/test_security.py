@@ -9,10 +9,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from PIL import Image
-
-pytest.importorskip("gradio")
 from fastapi.testclient import TestClient
+from PIL import Image
 
 from lora_diffusion.errors import UserError
 from lora_diffusion.jobs.queue import Queue

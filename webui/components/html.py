@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 
 def html(template: str, /, **values: object) -> Markup:
-    """`template` is trusted, `values` are not: texts are escaped, Markup is kept. For use inside elements and quotes."""
+    """`template` is trusted, `values` are not: texts are escaped, Markup is kept. For elements and quotes."""
     return Markup(template).format(**values)
 
 

@@ -100,7 +100,8 @@ def render_matrix(
         cells=join(html("<td>{picture}</td>", picture=_picture(id, PurePath(id).stem)) for id in asked),
     ) if asked else ""  # fmt: skip
     return html(
-        '<div class="card"><h2>{title}</h2><div class="matrix" tabindex="0"><table id="run-matrix"><thead><tr><th></th>{head}</tr></thead>'
+        '<div class="card"><h2>{title}</h2><div class="matrix" tabindex="0"><table id="run-matrix"><thead>'
+        "<tr><th></th>{head}</tr></thead>"
         "<tbody>{rows}</tbody></table></div>{hint}{extra}</div>",
         title=t("run.samples"),
         head=head,
@@ -126,7 +127,8 @@ def _picture(id: str | None, caption: str) -> Markup:
     if id is None:
         return Markup('<div class="none"></div>')
     return html(
-        '<img src="{url}" data-large="{large}" data-caption="{caption}" data-do="enlarge" alt="{caption}" loading="lazy">',
+        '<img src="{url}" data-large="{large}" data-caption="{caption}" data-do="enlarge" alt="{caption}" '
+        'loading="lazy">',
         url=picture_url("preview", id, THUMB_PX),
         large=picture_url("preview", id, LARGE_PX),
         caption=caption,
@@ -158,7 +160,8 @@ def render_comparison(
         )
 
     return html(
-        '<div class="card"><h2>{title}</h2><div class="compare" id="run-compare" data-pictures="{urls}" style="--cut:50%">'
+        '<div class="card"><h2>{title}</h2><div class="compare" id="run-compare" data-pictures="{urls}" '
+        'style="--cut:50%">'
         '<div class="bar"><label>{prompt}<select name="prompt" id="run-compare-prompt">{prompts}</select></label>'
         '<label>{left}<select name="a" id="run-compare-a">{first}</select></label>'
         '<label>{right}<select name="b" id="run-compare-b">{last}</select></label></div>'

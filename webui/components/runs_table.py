@@ -30,7 +30,8 @@ def render_runs(t: Translator, rows: Sequence[RunRow], ticked: Sequence[str], no
     num_waiting = sum(row.job.status == "queued" for row in rows)
     columns = ("status", "data", "base", "settings", "steps", "best", "time")
     return html(
-        '<div class="card runs"><table id="runs-table"><thead><tr><th></th><th>{name}</th>{columns}<th></th></tr></thead>'
+        '<div class="card runs"><table id="runs-table"><thead><tr><th></th><th>{name}</th>{columns}<th></th></tr>'
+        "</thead>"
         "<tbody>{rows}</tbody></table></div>",
         name=t("runs.name"),
         columns=join(
@@ -56,8 +57,8 @@ def _row(t: Translator, row: RunRow, is_ticked: bool, num_waiting: int, now: flo
     lasted = (job.ended or now) - job.started if job.started else None
     return html(
         '<tr data-id="{id}"><td><input type="checkbox" data-tick="{id}" aria-label="{compare}" {checked}></td>'
-        '<td><div style="display:flex;gap:12px;align-items:center">{picture}<div><a class="name" href="{href}">{name}</a>'
-        '<div class="small">{created}</div></div></div></td><td>{badge}{bar}{position}</td><td class="wide">{dataset}</td>'
+        '<td><div class="who">{picture}<div><a class="name" href="{href}">{name}</a><div class="small">{created}</div>'
+        '</div></div></td><td>{badge}{bar}{position}</td><td class="wide">{dataset}</td>'
         '<td class="wide">{base}</td><td class="wide">{kind}<div class="small">{rank} · {lr}</div></td>'
         '<td class="wide">{steps}</td><td class="wide">{best}</td><td class="wide">{time}</td>'
         '<td><div class="bar">{actions}</div></td></tr>',
@@ -94,7 +95,8 @@ def _actions(t: Translator, row: RunRow, num_waiting: int) -> Markup:
         moves = [("forget", "×", False)]
     buttons = join(
         html(
-            '<button type="button" class="icon" data-act="{act}" data-id="{id}" title="{title}" aria-label="{title}" {off}>'
+            '<button type="button" class="icon" data-act="{act}" data-id="{id}" title="{title}" '
+            'aria-label="{title}" {off}>'
             "{sign}</button>",
             act=act,
             id=row.id,
@@ -134,13 +136,15 @@ def render_comparison_of_runs(
         html('<th><b class="tone-{tone}">●</b> {name}</th>', tone=tone, name=name) for tone, name in enumerate(names, 1)
     )
     table = html(
-        '<div class="matrix"><table class="diff"><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table></div>',
+        '<div class="matrix"><table class="diff"><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table>'
+        "</div>",
         head=head,
         rows=rows,
     )
     chart = render_chart(lines, step_word=t("run.step"), is_log=True, label=t("run.loss"))
     return html(
-        '<div class="card chart"><h2>{title}</h2>{legend}{chart}</div><div class="card"><h2>{settings}</h2>{table}</div>',
+        '<div class="card chart"><h2>{title}</h2>{legend}{chart}</div>'
+        '<div class="card"><h2>{settings}</h2>{table}</div>',
         title=t("runs.compare"),
         legend=render_legend(lines),
         chart=chart or html('<p class="empty">{text}</p>', text=t("run.no_loss")),

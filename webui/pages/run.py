@@ -54,6 +54,15 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
             for name in BUTTONS
         }
         again = gr.Button(t("run.copy"), elem_id="run-copy", visible=False, size="md")
+    prompts = gr.Textbox(
+        label=t("run.own_prompts"),
+        placeholder=t("run.own_prompts.hint"),
+        lines=1,
+        max_lines=4,
+        max_length=4000,
+        visible=False,
+        elem_id="run-prompts",
+    )
     said = gr.HTML(elem_id="run-said", apply_default_css=False)
     with gr.Row(elem_classes="train", equal_height=False):
         with gr.Column(scale=5, min_width=320):
@@ -98,24 +107,25 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
         job = _job(site, request)
         now = job.status if job else "none"
         if now == status:
-            return [gr.skip()] * (len(buttons) + 2)
+            return [gr.skip()] * (len(buttons) + 3)
         return [
             now,
             *(gr.Button(visible=now in states) for states in BUTTONS.values()),
             gr.Button(visible=job is not None),
+            gr.Textbox(visible=now in BUTTONS["sample"]),
         ]
 
     quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    follow = {"fn": choose_buttons, "inputs": shown, "outputs": [shown, *buttons.values(), again]}
+    follow = {"fn": choose_buttons, "inputs": shown, "outputs": [shown, *buttons.values(), again, prompts]}
     gr.on([demo.load, gr.Timer(1.5).tick], **follow, **quick)
 
-    def asking(name: str) -> Callable[[gr.Request], str]:
-        def ask(request: gr.Request) -> str:
+    def asking(name: str) -> Callable[[str, gr.Request], str]:
+        def ask(own_prompts: str, request: gr.Request) -> str:
             job = _job(site, request)
             if job is None:
                 return ""
             try:
-                _ask(site, job, name)
+                _ask(site, job, name, own_prompts.splitlines())
             except UserError as error:
                 return _said(str(error), bad=True)
             return _said(t(f"run.{name}.done"))
@@ -123,7 +133,7 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
         return ask
 
     for name, button in buttons.items():
-        button.click(asking(name), None, said, **quick).then(**follow, **quick)
+        button.click(asking(name), prompts, said, **quick).then(**follow, **quick)
     again.click(
         None,
         js="() => window.location.assign("
@@ -148,9 +158,10 @@ def _job(site: Site, request: gr.Request) -> Job | None:
     return site.find_run(str(request.query_params.get("id", "")))
 
 
-def _ask(site: Site, job: Job, name: str) -> None:
+def _ask(site: Site, job: Job, name: str, own_prompts: list[str]) -> None:
     if name == "sample":
-        RunFolder(job.run).ask("sample_now")
+        chosen = [prompt.strip() for prompt in own_prompts if prompt.strip()]
+        RunFolder(job.run).ask("sample_now", {"prompts": chosen} if chosen else None)
     elif name == "save":
         RunFolder(job.run).ask("save_now")
     else:

@@ -23,7 +23,9 @@ element.addEventListener('click', (event) => {
     if (button) trigger('select', { act: button.dataset.act, id: button.dataset.id });
 });
 """
-TICKED = "() => JSON.stringify([...document.querySelectorAll('#runs-list [data-tick]:checked')].map((box) => box.dataset.tick))"
+TICKED = """() => JSON.stringify(
+    [...document.querySelectorAll('#runs-list [data-tick]:checked')].map((box) => box.dataset.tick)
+)"""
 
 
 def build(site: Site, t: Translator, demo: gr.Blocks) -> None:

@@ -103,9 +103,9 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
             source = file.decode("utf-8-sig") if file else text
             loaded, wrong = fields_from_toml(source)
         except UnicodeDecodeError:
-            return [gr.skip()] * 4 + [_message(t("train.not_text"), bad=True)]
+            return [*[gr.skip()] * 4, _message(t("train.not_text"), bad=True)]
         except ConfigError as error:
-            return [gr.skip()] * 4 + [_message(str(error), bad=True)]
+            return [*[gr.skip()] * 4, _message(str(error), bad=True)]
         unknown = [str(problem) for problem in wrong if "unknown" in problem.message]
         return [*redraw(loaded), _message("\n".join(unknown), bad=True) if unknown else ""]
 

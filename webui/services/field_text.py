@@ -102,12 +102,8 @@ def _number(value: Any) -> str:
         return str(int(value))
     if abs(value) >= 1e-3:
         return str(value)
-    sign, digits, exponent = Decimal(repr(value)).normalize().as_tuple()
-    if not isinstance(exponent, int):
-        return str(value)
-    first, *others = map(str, digits)
-    fraction = f".{''.join(others)}" if others else ""
-    return f"{'-' if sign else ''}{first}{fraction}e{exponent + len(digits) - 1}"
+    mantissa, _, exponent = f"{Decimal(repr(value)).normalize():e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"
 
 
 def _quoted_if_needed(value: Any, *, one_line: bool = False, pair: bool = False, keep_empty: bool = False) -> str:

@@ -61,6 +61,7 @@ def check(workspace: Workspace, toml: str, timeout_s: float = TIMEOUT_S) -> Pref
 
 
 def environment() -> dict[str, str]:
-    """So that a child finds the package wherever it was started."""
+    """So that a child finds the package wherever it was started, and no module in the folder it works in."""
     package = str(Path(lora_diffusion.__file__).resolve().parents[1])
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))}
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.environ | {"PYTHONPATH": os.pathsep.join([package, *(path for path in given if os.path.isabs(path))])}

@@ -1,0 +1,214 @@
+"""The built app without a browser: events are named, components can be found, services see only the workspace."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gradio
+import pytest
+from PIL import Image
+
+from lora_diffusion.config import TrainConfig
+from lora_diffusion.jobs.queue import Queue
+from lora_diffusion.workspace import Workspace
+from webui.app import PAGES, build
+from webui.services.glance import glance
+from webui.services.overview import Overview, differences
+from webui.services.pictures import PictureError
+from webui.services.places import OutsideError
+from webui.services.preflight import check
+from webui.services.site import Site, make_site
+from webui.translate import LANGUAGES
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture()
+def site(workspace: Workspace) -> Site:
+    return make_site(workspace.root, queue=Queue(workspace, start_runner=lambda _: None))
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return build(make_site(tmp_path_factory.mktemp("empty")), "en")
+
+
+def test_every_event_has_a_name_or_is_private(demo: Any) -> None:
+    events = list(demo.fns.values())
+
+    assert len(events) > 20
+    for event in events:
+        assert event.api_visibility == "private" or (event.api_name and not str(event.api_name).startswith("lambda"))
+
+
+def test_every_component_that_is_used_or_filled_has_an_id_of_its_page(demo: Any) -> None:
+    components = [
+        block
+        for block in demo.blocks.values()
+        if isinstance(block, gradio.components.Component) and not isinstance(block, gradio.State | gradio.Timer)
+    ]
+    ids = [block.elem_id for block in components]
+
+    assert len(components) > 30
+    assert all(re.fullmatch(r"(top|train|run|runs)(-[a-z]+)*", id or "") for id in ids), ids
+    own = [id for id in ids if not id.startswith("top")]
+    assert len(own) == len(set(own))
+
+
+def test_every_input_has_a_label(demo: Any) -> None:
+    for block in demo.blocks.values():
+        if isinstance(block, gradio.Textbox | gradio.Slider | gradio.Checkbox | gradio.File):
+            assert block.label, block.elem_id
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_page_is_built_in_every_language(tmp_path: Path, language: str) -> None:
+    pages = build(make_site(tmp_path), language).pages
+
+    assert [path for path, *_ in pages] == [page.path.strip("/") for page in PAGES]
+
+
+def test_the_web_ui_does_not_load_torch() -> None:
+    script = "import sys, webui.server, webui.launch; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
+
+
+# ---- Places and pictures ----
+
+
+def test_a_path_is_resolved_in_the_workspace_or_refused(site: Site, tmp_path: Path) -> None:
+    assert site.places.resolve("data/shapes") == site.places.root / "data" / "shapes"
+    assert site.places.id_of(site.places.root / "data") == "data"
+    (site.places.root / "out").symlink_to(tmp_path)
+    for text in ("..", "/etc", "~", "out", "data/../..", ".lora-diffusion/queue.sqlite", "a\0b"):
+        with pytest.raises(OutsideError):
+            site.places.resolve(text)
+
+
+def test_an_allowed_folder_may_be_used(workspace: Workspace, tmp_path: Path) -> None:
+    disk = tmp_path / "disk" / "pictures"
+    disk.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(disk / "a.png")
+    site = make_site(workspace.root, (tmp_path / "disk",))
+
+    assert site.places.resolve(str(disk)) == disk
+    assert str(disk) in site.places.datasets()
+    look = glance(site.places, str(disk))
+    assert look is not None and look.num_images == 1
+    assert site.pictures.thumbnail("dataset", look.pictures[0][0], 96)[8:12] == b"WEBP"
+
+
+def test_what_can_be_chosen_is_found(site: Site) -> None:
+    base = site.workspace.models / "my-base"
+    base.mkdir(parents=True)
+    (base / "model_index.json").write_text("{}")
+    (site.workspace.models / "one.safetensors").write_bytes(b"")
+
+    assert site.places.datasets() == ["data/shapes"]
+    assert site.places.models() == ["models/my-base", "models/one.safetensors"]
+
+
+def test_every_path_of_a_config_that_leads_out_is_named(site: Site) -> None:
+    config = TrainConfig.parse(
+        '[run]\nname = "x"\nsteps = 1\noutput = "/out"\n[model]\npath = "/base"\nmerge = ["../m.safetensors:0.5"]\n'
+        '[adapter]\nstart_from = "~/a.safetensors"\n[[dataset]]\npath = "data"\n[[dataset]]\npath = "../data"\n'
+        '[cache]\nfolder = "/cache"\n'
+    )
+    keys = {problem.key for problem in site.places.problems_of(config)}
+
+    assert keys == {
+        ("run", "output"),
+        ("model", "path"),
+        ("model", "merge", 0),
+        ("adapter", "start_from"),
+        ("dataset", 1, "path"),
+        ("cache", "folder"),
+    }
+
+
+def test_a_thumbnail_is_made_once_and_anew_when_the_picture_changes(site: Site) -> None:
+    picture = site.places.root / "data" / "shapes" / "0.png"
+    first = site.pictures.thumbnail("dataset", "data/shapes/0.png", 50)
+    assert site.pictures.thumbnail("dataset", "data/shapes/0.png", 96) == first
+    assert len(list(site.workspace.thumbnails.iterdir())) == 1
+
+    Image.new("RGB", (300, 200), "white").save(picture)
+    os.utime(picture, ns=(1, 1))
+    assert site.pictures.thumbnail("dataset", "data/shapes/0.png", 96) != first
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n broken", b"<svg xmlns='http://www.w3.org/2000/svg'/>"])
+def test_a_file_that_is_no_picture_is_not_shown(site: Site, content: bytes) -> None:
+    (site.places.root / "data" / "x.png").write_bytes(content)
+
+    with pytest.raises(PictureError):
+        site.pictures.thumbnail("dataset", "data/x.png", 96)
+
+
+def test_a_glance_counts_pictures_and_captions(site: Site) -> None:
+    look = glance(site.places, "data/shapes")
+
+    assert look is not None
+    assert (look.num_images, look.num_captioned) == (6, 5)
+    assert look.pictures[2] == ("data/shapes/2.png", "a shape, number 2")
+    assert glance(site.places, "data/none") is None
+    assert glance(site.places, "/etc") is None
+
+
+# ---- Runs ----
+
+
+def test_runs_are_listed_with_what_they_were_trained_with(site: Site) -> None:
+    site.queue.add('[run]\nname = "next"\nsteps = 9\n[model]\npath = "m/base"\n[[dataset]]\npath = "data/shapes"\n')
+    rows = {row.id: row for row in Overview(site).rows()}
+
+    assert next(iter(rows)) == "runs/next"
+    assert rows.keys() == {"runs/next", "runs/done", "runs/broken"}
+    assert rows["runs/next"].base == "base"
+    assert rows["runs/done"].best == (0.2, 50)
+    assert rows["runs/done"].picture == "runs/done/previews/000200-0.png"
+    assert rows["runs/broken"].job.status == "failed"
+
+
+def test_only_settings_that_differ_are_compared() -> None:
+    a, b = {"run.steps": "1", "run.seed": "2"}, {"run.steps": "1", "run.seed": "3", "model.merge": "x"}
+
+    assert differences([a, b]) == {"run.seed": ["2", "3"], "model.merge": ["", "x"]}
+
+
+# ---- The check, as a process ----
+
+
+def test_the_check_tells_why_it_could_not_look(site: Site) -> None:
+    result = check(
+        site.workspace,
+        '[run]\nname = "x"\nsteps = 1\n[model]\npath = "no-base"\n[[dataset]]\npath = "data/shapes"\n',
+    )
+
+    assert result.report is None
+    assert "no-base" in result.error
+    assert "Traceback" not in result.error
+    assert list(site.workspace.private.glob("check-*")) == []
+
+
+@pytest.mark.slow
+def test_the_check_reports_on_a_run(tiny_sd1: Path, site: Site) -> None:
+    toml = f'[run]\nname = "x"\nsteps = 4\n[model]\npath = "{tiny_sd1}"\n'
+    toml += '[[dataset]]\npath = "data/shapes"\nresolution = 64\n'
+    result = check(site.workspace, toml)
+
+    assert result.report is not None, result.error
+    assert (result.report["images"], result.report["steps"], result.report["captions_missing"]) == (6, 4, 1)
+
+
+def test_a_module_in_the_workspace_does_not_take_the_place_of_ours(site: Site) -> None:
+    (site.workspace.root / "lora_diffusion.py").write_text("raise SystemExit('taken')")
+    (site.workspace.root / "json.py").write_text("raise SystemExit('taken')")
+
+    assert "taken" not in check(site.workspace, "nonsense = 1").error
