@@ -6,10 +6,10 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constrain
 LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process $(shell nproc 2>/dev/null || echo 1)
 ARGS ?=
 
-.PHONY: train test ui lint format clean help
+.PHONY: train test test-e2e ui lint format clean help
 
 help:  ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1: /p' Makefile
+	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1: /p' Makefile
 
 train: $(VENV)/.installed  ## train configs/quickstart.toml; more options: make train ARGS="--resume --set run.steps=100"
 	$(LAUNCH) train.py --config configs/quickstart.toml $(ARGS)
@@ -18,7 +18,10 @@ ui: $(VENV)/.installed-ui  ## the web UI on http://127.0.0.1:7860; other options
 	$(BIN)/lora-diffusion ui $(ARGS)
 
 test: $(VENV)/.installed-dev  ## run the CPU tests; a part of them: make test ARGS="tests/unit -k config"
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -m "not browser and not slow" -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+
+test-e2e: $(VENV)/.installed-dev  ## run the tests that take long or need a browser (Debian's chromium)
+	$(BIN)/python -m pytest -m "browser or slow" $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## ruff and pyright
 	$(BIN)/ruff check .

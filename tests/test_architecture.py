@@ -56,13 +56,13 @@ NEVER_TORCH = [
         "workspace",
         "cli",
         "cli_base",
+        "cli_queue",
         "cli_files",
         "cli_merge",
-        "cli_queue",
         "cli_ui",
     ),
     *("jobs.queue", "jobs.runner", "jobs.follow", "jobs.device_lock"),
-    *("data.captions", "data.buckets", "formats.metadata"),
+    *("data.captions", "data.buckets", "data.images", "data.folder", "data.duplicates", "formats.metadata"),
 ]
 
 
@@ -156,7 +156,12 @@ def test_a_module_for_the_web_server_does_not_load_torch(module: str) -> None:
 
 WEBUI = ROOT / "webui"
 WEBUI_MAY_IMPORT = {"config", "runs", "workspace", "jobs", "files", "errors", "container"}
-WEBUI_MODULES = {"data.captions", "data.buckets", "formats.metadata"}
+WEBUI_MODULES = {
+    *("data.captions", "data.buckets", "data.duplicates", "data.images", "data.listing", "data.sidecars"),
+    *("formats.families", "formats.layout", "formats.metadata"),
+    *("generation.infotext", "generation.request", "generation.samplers", "generation.sheet"),
+}
+"""Modules without torch from packages of which others have it."""
 
 
 def webui_modules() -> dict[Path, ast.Module]:

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from lora_diffusion.jobs.condition import ACTIVE
 from webui.components.live import live
 from webui.components.strip import render_navigation, render_strip
-from webui.pages import run, runs, train
+from webui.pages import adapters, dataset, generate, run, runs, train
 from webui.services.machine import read_machine
 from webui.services.site import Site
 from webui.translate import Translator
@@ -34,7 +34,10 @@ class Page:
 
 PAGES = (
     Page("/", "nav.train", train.build),
+    Page("/dataset", "nav.dataset", dataset.build),
     Page("/runs", "nav.runs", runs.build),
+    Page("/generate", "nav.generate", generate.build),
+    Page("/adapters", "nav.adapters", adapters.build),
     Page("/run", "nav.run", run.build, in_navigation=False),
 )
 

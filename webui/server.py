@@ -22,6 +22,7 @@ from gradio.themes import Base
 
 from lora_diffusion.errors import UserError
 from webui.app import build
+from webui.files import add_file_routes
 from webui.guard import App, Guard, Limits, Message, Receive, Send
 from webui.login import Login, add_login_routes
 from webui.services.downloads import find_download
@@ -29,7 +30,14 @@ from webui.services.site import Site
 from webui.translate import LANGUAGES
 
 STATIC = Path(__file__).parent / "static"
-TYPES = {"style.css": "text/css", "app.js": "text/javascript", "icon.svg": "image/svg+xml"}
+TYPES = {
+    "style.css": "text/css",
+    "studio.css": "text/css",
+    "dataset.css": "text/css",
+    "app.js": "text/javascript",
+    "dataset.js": "text/javascript",
+    "icon.svg": "image/svg+xml",
+}
 MAX_UPLOAD_BYTES = 20_000_000
 
 
@@ -50,6 +58,8 @@ def make_app(
         return Response(
             (STATIC / name).read_bytes(), media_type=TYPES[name], headers={"Cache-Control": "max-age=31536000"}
         )
+
+    add_file_routes(app, site)
 
     @app.get("/picture/{kind}/{id:path}")
     async def picture(kind: str, id: str, request: Request, w: int = 2048) -> Response:
@@ -124,6 +134,9 @@ def _head() -> str:
     version = hashlib.sha256(b"".join((STATIC / name).read_bytes() for name in sorted(TYPES))).hexdigest()[:12]
     return (
         f'<link rel="stylesheet" href="/static-ui/style.css?{version}">'
+        f'<link rel="stylesheet" href="/static-ui/studio.css?{version}">'
         f'<link rel="icon" href="/static-ui/icon.svg?{version}" type="image/svg+xml">'
         f'<script src="/static-ui/app.js?{version}"></script>'
+        f'<link rel="stylesheet" href="/static-ui/dataset.css?{version}">'
+        f'<script src="/static-ui/dataset.js?{version}"></script>'
     )

@@ -112,7 +112,13 @@ class LoRA(Adapter):
         `lora_mid`) becomes part of `lora_down`, which is the same change at the same rank.
         """
         geometry: Geometry = check_fit(base, tensors, kind="lora")
-        adapter = cls(base, geometry.rank, alpha_of(tensors, geometry.rank))
+        adapter = cls.__new__(cls)  # without a start, which would be drawn to be overwritten
+        Adapter.__init__(adapter, base)
+        adapter.rank = geometry.rank
+        adapter.alpha = float(alpha_of(tensors, geometry.rank))
+        adapter.lora_down, adapter.lora_up = _empty_factors(base, geometry.rank)
+        adapter.register_buffer("start_down", None)
+        adapter.register_buffer("start_up", None)
         adapter._fill(whole_down(tensors), tensors[UP])
         return adapter
 
@@ -151,34 +157,43 @@ def whole_down(tensors: Mapping[str, Tensor]) -> Tensor:
     return torch.einsum("abkl,bi->aikl", tensors[MID].to(wide), tensors[DOWN].flatten(1).to(wide))
 
 
-def _empty_factors(base: Layer, rank: int) -> tuple[Layer, Layer]:
-    """(down, up) without values, float32 on the device of `base`.
+class _Linear(nn.Linear):
+    """Without a start: torch's own would draw from the global generator, and take most of the time of loading."""
 
-    They are made on the meta device first: torch's own start would draw from the global generator.
-    """
-    down: Layer
-    up: Layer
-    if isinstance(base, nn.Linear):
-        down = nn.Linear(base.in_features, rank, bias=False, device="meta", dtype=torch.float32)
-        up = nn.Linear(rank, base.out_features, bias=False, device="meta", dtype=torch.float32)
-    else:
-        if base.groups != 1:
-            raise ValueError(f"a LoRA cannot wrap a convolution with {base.groups} groups; leave the layer out")
-        down = nn.Conv2d(
-            base.in_channels,
-            rank,
-            _pair(base.kernel_size),
-            stride=_pair(base.stride),
-            padding=base.padding if isinstance(base.padding, str) else _pair(base.padding),
-            dilation=_pair(base.dilation),
-            bias=False,
-            padding_mode=base.padding_mode,
-            device="meta",
-            dtype=torch.float32,
-        )
-        up = nn.Conv2d(rank, base.out_channels, 1, bias=False, device="meta", dtype=torch.float32)
+    def reset_parameters(self) -> None:
+        pass
+
+
+class _Conv2d(nn.Conv2d):
+    """See `_Linear`."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+def _empty_factors(base: Layer, rank: int) -> tuple[Layer, Layer]:
+    """(down, up) without values, float32 on the device of `base`."""
     device = base.weight.device
-    return down.to_empty(device=device), up.to_empty(device=device)
+    if isinstance(base, nn.Linear):
+        return (
+            _Linear(base.in_features, rank, bias=False, device=device, dtype=torch.float32),
+            _Linear(rank, base.out_features, bias=False, device=device, dtype=torch.float32),
+        )
+    if base.groups != 1:
+        raise ValueError(f"a LoRA cannot wrap a convolution with {base.groups} groups; leave the layer out")
+    down = _Conv2d(
+        base.in_channels,
+        rank,
+        _pair(base.kernel_size),
+        stride=_pair(base.stride),
+        padding=base.padding if isinstance(base.padding, str) else _pair(base.padding),
+        dilation=_pair(base.dilation),
+        bias=False,
+        padding_mode=base.padding_mode,
+        device=device,
+        dtype=torch.float32,
+    )
+    return down, _Conv2d(rank, base.out_channels, 1, bias=False, device=device, dtype=torch.float32)
 
 
 def _pair(values: tuple[int, ...]) -> tuple[int, int]:

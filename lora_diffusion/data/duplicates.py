@@ -1,12 +1,14 @@
-"""Pictures that look alike: resaved, resized or slightly edited copies that would be trained twice."""
+"""Pictures that look alike: resaved, resized or slightly edited copies that would be trained twice. No torch."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
 from lora_diffusion.data.captions import printable
 from lora_diffusion.data.folder import Sample
@@ -22,14 +24,14 @@ things collide."""
 MAX_DISTANCE = 20
 """Bits of 256 that may differ. Unrelated pictures differ in about 128, resaved and resized ones in fewer than 20."""
 
+Hash = NDArray[np.bool_]
+
 
 def find_near_duplicates(samples: Sequence[Sample], track: Track = silent) -> list[tuple[Path, Path]]:
     """Pairs of pictures with different bytes that look the same, in the order of `samples`."""
-    import imagehash  # takes a second, and only `check` needs it
-
     paths: list[Path] = []
     contents: list[str] = []
-    hashes: list[torch.Tensor] = []
+    hashes: list[Hash] = []
     with quiet_pillow():
         for sample in track(samples, "Comparing images"):
             try:
@@ -37,23 +39,25 @@ def find_near_duplicates(samples: Sequence[Sample], track: Track = silent) -> li
             except ImageError as error:
                 logger.warning("%s: %s", printable(str(sample.image)), error)
                 continue
-            bits = imagehash.phash(image, hash_size=HASH_SIDE).hash
-            hashes.append(torch.from_numpy(bits.flatten()).to(torch.float32) * 2 - 1)
+            hashes.append(perceptual_hash(image))
             paths.append(sample.image)
             contents.append(sample.content)
-    return [
-        (paths[i], paths[j]) for i, j in _close_pairs(hashes) if contents[i] != contents[j] and paths[i] != paths[j]
-    ]
+    return [(paths[i], paths[j]) for i, j in close_pairs(hashes) if contents[i] != contents[j] and paths[i] != paths[j]]
 
 
-def _close_pairs(hashes: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
-    """Index pairs i < j whose hashes, as vectors of +1 and -1, differ in at most MAX_DISTANCE places."""
+def perceptual_hash(image: Image.Image) -> Hash:
+    """The bits by which pictures are compared, flat."""
+    import imagehash  # takes a second, and few commands need it
+
+    return np.asarray(imagehash.phash(image, hash_size=HASH_SIDE).hash, dtype=np.bool_).flatten()
+
+
+def close_pairs(hashes: Sequence[Hash]) -> Iterator[tuple[int, int]]:
+    """Index pairs i < j of hashes that differ in at most MAX_DISTANCE bits. A thousand equal ones make 499 500."""
     if not hashes:
-        return []
-    table = torch.stack(list(hashes))  # (pictures, bits)
+        return
+    table = np.stack(list(hashes)).astype(np.float32) * 2 - 1  # (pictures, bits) of +1 and -1
     least = table.shape[1] - 2 * MAX_DISTANCE  # the scalar product at that distance
-    pairs: list[tuple[int, int]] = []
     for i in range(len(table) - 1):
-        close = (table[i + 1 :] @ table[i] >= least).nonzero().flatten()
-        pairs += [(i, i + 1 + int(j)) for j in close]
-    return pairs
+        for j in np.flatnonzero(table[i + 1 :] @ table[i] >= least):
+            yield i, i + 1 + int(j)

@@ -2,6 +2,7 @@
 
 Every picture becomes sRGB with 8 bits per channel. It is resized with Pillow's Lanczos filter, which widens with the
 factor when shrinking, so that fine lines are averaged and not skipped.
+Only `to_pixels` loads torch: the web UI looks at pictures too.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from PIL import Image, ImageCms
-from torch import Tensor
 
 from lora_diffusion.data.buckets import Bucket, Fit, Size
 from lora_diffusion.data.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FILTER_VERSION = "lanczos-1"
 """Part of the latent cache's key: change it with anything here that changes a pixel."""
@@ -142,6 +145,8 @@ def decode_image(data: bytes, background: Colour = WHITE) -> Image.Image:
 
 def to_pixels(image: Image.Image, fit: Fit, bucket: Bucket) -> Tensor:
     """Resize and crop an RGB picture as `fit` says: (3, H, W) of `bucket`, float32 in [-1, 1]."""
+    import torch
+
     # Only the part inside the bucket is computed: a 4000x4 picture never becomes 64000 px wide in memory.
     x_scale, y_scale = image.width / fit.resized.width, image.height / fit.resized.height
     left, top = fit.crop.left * x_scale, fit.crop.top * y_scale

@@ -61,6 +61,17 @@ class NoiseSchedule:
         signal, sigma = self._scales(t, latents)
         return (signal * noise - sigma * latents).to(latents.dtype)
 
+    def estimate(self, noisy: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
+        """The clean latents that follow from what the model predicts at timestep `t`: the inverse of `target`.
+
+        noisy, prediction: (B, C, H, W). t: (B,), integers in [0, num_steps). Returns the dtype of `noisy`. Where next
+        to no signal is left, predicted noise tells next to nothing: the estimate is finite, and no more.
+        """
+        signal, sigma = self._scales(t, noisy)
+        if self.prediction == "v":
+            return (signal * noisy - sigma * prediction).to(noisy.dtype)
+        return ((noisy - sigma * prediction) / signal.clamp(min=1e-3)).to(noisy.dtype)
+
     def snr(self, t: Tensor) -> Tensor:
         """Signal-to-noise ratio ᾱ / (1 - ᾱ) at timestep `t`: (B,), float32; 0 where only noise is left."""
         alpha = self._alphas(t)

@@ -6,41 +6,35 @@ So requests with different adapters share a batch, and no request leaves a trace
 
 from __future__ import annotations
 
-import difflib
-import logging
 import math
 import threading
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from lora_diffusion.adapters.base import Adapter, Layer
-from lora_diffusion.adapters.inject import eject, inject
-from lora_diffusion.adapters.kinds import adapter_from_tensors
-from lora_diffusion.adapters.stack import AdapterStack, StackWeights
 from lora_diffusion.errors import RunError, UserError
 from lora_diffusion.formats.adapter_file import AdapterFile
-from lora_diffusion.generation.request import Request, check_adapter_name, resolve_tags
+from lora_diffusion.generation.emphasis import Piece, is_weighted, parse_emphasis, plain_text
+from lora_diffusion.generation.loaded import LoadedAdapters
+from lora_diffusion.generation.preview import LatentPreview
+from lora_diffusion.generation.request import Request, resolve_tags
 from lora_diffusion.generation.samplers import Scheduler, build_scheduler, sampler_named, takes_generator
 from lora_diffusion.models.base import Conditioning, DiffusionModel, size_numbers
 
-__all__ = ["Engine", "Request"]
+__all__ = ["Cancelled", "Engine", "Request"]
 
-logger = logging.getLogger(__name__)
+OnStep = Callable[[int, int], None]
+OnPreview = Callable[[int, Callable[[], Image.Image]], None]
 
 
-@dataclass(frozen=True)
-class _Place:
-    """One layer of the model, and what a loaded adapter does to it."""
-
-    part: str
-    path: str
-    adapter: Adapter
+class Cancelled(Exception):
+    """Raised by an `on_step` to end the drawing: nobody wants the pictures any more."""
 
 
 @dataclass(frozen=True)
@@ -60,15 +54,18 @@ class Engine:
         """batch_size: pictures that go through the UNet together at most; bounds the memory used."""
         self.model = model
         self.batch_size = batch_size
-        self._loaded: dict[str, list[_Place]] = {}
-        self._stacks: dict[str, dict[str, AdapterStack]] = {}
-        self._weights = StackWeights()
-        self._lock = threading.Lock()  # stacks and weights belong to one drawing at a time
+        self._loaded = LoadedAdapters(model)
+        self._lock = threading.Lock()  # the model's adapters belong to one drawing at a time
 
     @property
     def adapters(self) -> tuple[str, ...]:
         """Names of the loaded adapters."""
-        return tuple(self._loaded)
+        return self._loaded.names
+
+    @property
+    def adapter_bytes(self) -> dict[str, int]:
+        """Memory that the weights of each loaded adapter take."""
+        return self._loaded.num_bytes
 
     def load_adapter(self, name: str, file: AdapterFile) -> None:
         """Make `file` usable in requests under `name`. Until a request names it, pictures stay as they were.
@@ -76,29 +73,26 @@ class Engine:
         Raises UserError when the name is taken or cannot be written as `<lora:name:1>`, AdapterFileError when the file
         does not fit the model; the engine is then as before.
         """
-        check_adapter_name(name)
         with self._lock:
-            if name in self._loaded:
-                raise UserError(
-                    f"An adapter named {name!r} is loaded already. Unload it first, or choose another name."
-                )
-            with self._rebuilt_stacks():
-                self._loaded[name] = _places(self.model, file)
+            self._loaded.load(name, file)
 
     def unload_adapter(self, name: str) -> None:
         """Take the adapter out of memory; with the last one gone, the model is bit for bit as it was."""
         with self._lock:
-            self._check_loaded([name])
-            with self._rebuilt_stacks():
-                del self._loaded[name]
+            self._loaded.unload(name)
 
     def complete(self, request: Request) -> Request:
         """The request as it will be drawn: tags moved from the prompt to the adapters, the size filled in.
 
         Raises UserError for anything that cannot be drawn.
         """
+        request = self.checked(request)
+        self._loaded.check(request.adapters)
+        return request
+
+    def checked(self, request: Request) -> Request:
+        """As `complete`, for a request whose adapters are still to be loaded."""
         request = resolve_tags(request)
-        self._check_loaded(request.adapters)
         _check_numbers(request, self.model.schedule.num_steps)
         self.model.check_clip_skip(request.clip_skip)
         sampler_named(request.sampler)
@@ -107,26 +101,37 @@ class Engine:
         return replace(request, size=(width, height))
 
     def generate(
-        self, requests: Sequence[Request], *, on_step: Callable[[int, int], None] | None = None
+        self, requests: Sequence[Request], *, on_step: OnStep | None = None, on_preview: OnPreview | None = None
     ) -> list[Image.Image]:
         """One picture per request, in order. What is drawn together changes a picture by float rounding at most.
 
-        on_step: called with (UNet evaluations done, all of them); an exception from it ends the drawing and leaves the
-        engine ready for the next. Raises UserError before anything is drawn if a request is wrong, RunError when a
-        picture has values that are not finite.
+        on_step: called with (UNet evaluations done, all of them); an exception from it, such as `Cancelled`, ends the
+        drawing and leaves the engine ready for the next. on_preview: called at each step with each picture's place in
+        `requests` and a function that draws it small, as it is going to be; that costs nothing until it is called.
+        Raises UserError before anything is drawn if a request is wrong, RunError when a picture has values that are
+        not finite.
         """
         images: dict[int, Image.Image] = {}
         with self._lock, torch.no_grad(), _evaluation_mode(self.model):
             batches = self._batches([self.complete(request) for request in requests])
-            progress = _Progress(sum(len(batch.scheduler.timesteps) for batch in batches), on_step)
+            progress = _Progress(sum(len(batch.scheduler.timesteps) for batch in batches), on_step, on_preview)
             try:
                 for batch in batches:
                     latents = self._denoise(batch, self._encode(batch), progress)
                     for index, request, image in zip(batch.indices, batch.requests, latents, strict=True):
                         images[index] = self._decode(image, request)
             finally:
-                self._weights.clear()
+                self._loaded.use_none()
         return [images[index] for index in range(len(requests))]
+
+    def batch_key(self, request: Request) -> tuple[object, ...]:
+        """Complete requests with equal keys share UNet evaluations."""
+        return (request.size, request.steps, request.sampler, request.cfg, self._num_chunks(request))
+
+    @cached_property
+    def preview(self) -> LatentPreview:
+        """Fitted to the model's VAE at its first use."""
+        return LatentPreview.fit(self.model)
 
     @property
     def _device(self) -> torch.device:
@@ -136,8 +141,7 @@ class Engine:
         """Requests that can share UNet evaluations, at most `batch_size` together."""
         groups: dict[tuple[object, ...], list[int]] = {}
         for index, request in enumerate(requests):
-            key = (request.size, request.steps, request.sampler, request.cfg, self._num_chunks(request))
-            groups.setdefault(key, []).append(index)
+            groups.setdefault(self.batch_key(request), []).append(index)
         batches: list[_Batch] = []
         for indices in groups.values():
             for start in range(0, len(indices), self.batch_size):
@@ -152,7 +156,7 @@ class Engine:
     def _num_chunks(self, request: Request) -> int:
         """Token chunks of the longer of the two texts: a picture must not depend on the prompts beside it."""
         texts = [request.prompt, request.negative] if request.cfg > 1 else [request.prompt]
-        longest = max(self.model.count_tokens(text) for text in texts)
+        longest = max(self.model.count_tokens(plain_text(parse_emphasis(text))) for text in texts)
         return max(1, -(-longest // self.model.max_tokens))
 
     def _encode(self, batch: _Batch) -> Conditioning:
@@ -163,18 +167,31 @@ class Engine:
         negatives: list[Conditioning] = []
         prompts: list[Conditioning] = []
         for request in batch.requests:
-            self._use_adapters([request])
+            self._loaded.use([request])
             if request.cfg > 1:
                 negatives.append(self._encode_one(request.negative, request, batch.chunks))
             prompts.append(self._encode_one(request.prompt, request, batch.chunks))
         return Conditioning.cat(negatives + prompts)
 
     def _encode_one(self, text: str, request: Request, chunks: int) -> Conditioning:
-        return self.model.encode_text([text], clip_skip=request.clip_skip, chunks=chunks)
+        pieces = parse_emphasis(text)
+        conditioning = self.model.encode_text([plain_text(pieces)], clip_skip=request.clip_skip, chunks=chunks)
+        if not is_weighted(pieces):
+            return conditioning
+        weights = self._token_weights(pieces, chunks).to(conditioning.hidden.device)
+        return replace(conditioning, hidden=_emphasised(conditioning.hidden, weights))
+
+    def _token_weights(self, pieces: Sequence[Piece], chunks: int) -> Tensor:
+        """(chunks, tokens per chunk): begin and end marks and padding have weight 1."""
+        length = self.model.max_tokens
+        weights = [piece.weight for piece in pieces for _ in range(self.model.count_tokens(piece.text))]
+        weights = weights[: chunks * length] + [1.0] * (chunks * length - len(weights))
+        marks = torch.ones(chunks, 1)
+        return torch.cat([marks, torch.tensor(weights).reshape(chunks, length), marks], dim=1)
 
     def _denoise(self, batch: _Batch, conditioning: Conditioning, progress: _Progress) -> Tensor:
         """Latents of all images, float32 (B, C, h, w)."""
-        self._use_adapters(batch.requests)
+        self._loaded.use(batch.requests)
         size = batch.requests[0].size or self.model.default_size
         conditioning = conditioning.with_size(torch.tensor(size_numbers(size, (0, 0), size)))
         scheduler, cfg = batch.scheduler, batch.requests[0].cfg
@@ -190,8 +207,16 @@ class Engine:
                 away, towards = prediction.chunk(2)
                 prediction = away + cfg * (towards - away)
             latents = scheduler.step(prediction, timestep, latents, **extra, return_dict=False)[0]
+            if progress.on_preview:
+                for row, index in enumerate(batch.indices):
+                    progress.on_preview(index, partial(self._draw_unfinished, noisy[row], prediction[row], timestep))
             progress.advance()
         return latents
+
+    def _draw_unfinished(self, noisy: Tensor, prediction: Tensor, timestep: Tensor) -> Image.Image:
+        """What the model takes the finished picture to be. noisy, prediction: (C, h, w)."""
+        t = timestep.round().long().reshape(1)
+        return self.preview.draw(self.model.schedule.estimate(noisy[None], prediction[None], t)[0])
 
     def _first_noise(self, batch: _Batch, generators: Sequence[torch.Generator]) -> Tensor:
         """Each image's own, from a CPU generator as in diffusers: one seed means one picture on every device."""
@@ -211,58 +236,14 @@ class Engine:
         values = ((pixels / 2 + 0.5) * 255).round().to(torch.uint8)
         return Image.fromarray(values.permute(1, 2, 0).cpu().numpy())
 
-    def _use_adapters(self, requests: Sequence[Request]) -> None:
-        """From now on image i of a batch sees the adapters of request i."""
-        if not self._loaded:
-            return
-        names = self.adapters
-        values = [[request.adapters.get(name, 0.0) for name in names] for request in requests]
-        self._weights.set(names, torch.tensor(values, device=self._device))
-
-    @contextmanager
-    def _rebuilt_stacks(self) -> Generator[None]:
-        """Inside, the model is without stacks; after it, it has those that `_loaded` asks for, also on an error."""
-        for part, stacks in self._stacks.items():
-            eject(self.model.parts[part].module, stacks)
-        self._stacks = {}
-        try:
-            yield
-        finally:
-            for part, component in self.model.parts.items():
-                self._stacks[part] = self._inject_stacks(part, component.module)
-
-    def _inject_stacks(self, part: str, module: nn.Module) -> dict[str, AdapterStack]:
-        layers: dict[str, Layer] = {}
-        adapters: dict[str, list[tuple[str, Adapter]]] = {}
-        for name, places in self._loaded.items():
-            for place in places:
-                if place.part == part:
-                    layers[place.path] = place.adapter.base
-                    adapters.setdefault(place.path, []).append((name, place.adapter))
-
-        def make(path: str, layer: Layer) -> AdapterStack:
-            stack = AdapterStack(layer, self._weights)
-            for name, adapter in adapters[path]:
-                stack.add(name, adapter)
-            return stack
-
-        return inject(module, layers, make)
-
-    def _check_loaded(self, names: Iterable[str]) -> None:
-        for name in names:
-            if name not in self._loaded:
-                near = difflib.get_close_matches(name, self._loaded, n=1)
-                hint = f"Did you mean {near[0]!r}? " if near else ""
-                known = ", ".join(self._loaded) or "none"
-                raise UserError(f"No adapter named {name!r} is loaded. {hint}Loaded: {known}.")
-
 
 @dataclass
 class _Progress:
     """Counts UNet evaluations for `on_step`."""
 
     total: int
-    on_step: Callable[[int, int], None] | None
+    on_step: OnStep | None
+    on_preview: OnPreview | None
     done: int = 0
 
     def advance(self) -> None:
@@ -271,26 +252,15 @@ class _Progress:
             self.on_step(self.done, self.total)
 
 
-def _places(model: DiffusionModel, file: AdapterFile) -> list[_Place]:
-    """Adapters with the file's weights on the layers they belong to; the model is not changed."""
-    attachment = file.attach(model.parts)
-    for match in attachment.matches:
-        if model.parts[match.part].module.get_submodule(match.path) is not match.layer:
-            raise UserError(
-                f"{file.path}: {match.part}.{match.path} has an adapter in training. Load adapters into another copy "
-                "of the model."
-            )
-    if attachment.unread:
-        logger.warning(
-            "%s: %d of %d modules do not exist in this model and are left out (the first: %s)",
-            file.path,
-            len(attachment.unread),
-            len(file.modules),
-            attachment.unread[0],
-        )
-    return [
-        _Place(match.part, match.path, adapter_from_tensors(match.layer, match.tensors)) for match in attachment.matches
-    ]
+def _emphasised(hidden: Tensor, weights: Tensor) -> Tensor:
+    """Hidden states times their tokens' weights, each chunk scaled to the mean that it had, as A1111 does.
+
+    hidden: (1, chunks · tokens, D). weights: (chunks, tokens).
+    """
+    chunks = hidden.reshape(*weights.shape, -1).float()
+    weighted = chunks * weights[..., None]
+    means = chunks.mean((1, 2), keepdim=True) / weighted.mean((1, 2), keepdim=True)
+    return (weighted * means).reshape(hidden.shape).to(hidden.dtype)
 
 
 @contextmanager

@@ -65,6 +65,17 @@ def comparison_sheet(
     return contact_sheet(rows, row_labels, list(columns), title)
 
 
+def stacked(sheets: Sequence[Image.Image]) -> Image.Image:
+    """Sheets below one another, as one picture."""
+    width, height = max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)
+    whole = Image.new("RGB", (width, height), PAPER)
+    top = 0
+    for sheet in sheets:
+        whole.paste(sheet, (0, top))
+        top += sheet.height
+    return whole
+
+
 @dataclass(frozen=True)
 class _Layout:
     """Where everything goes, in pixels."""

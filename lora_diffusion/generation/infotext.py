@@ -61,6 +61,11 @@ def write_parameters(request: Request, model_name: str, hashes: Mapping[str, str
     return "\n".join(lines)
 
 
+def add_fields(text: str, fields: Mapping[str, str]) -> str:
+    """The text of `write_parameters` with more fields at its end; readers pass over those they do not know."""
+    return ", ".join([text, *(f"{key}: {_quote(value)}" for key, value in fields.items())])
+
+
 def read_parameters(text: str) -> Parameters:
     """Reads what `write_parameters` or A1111 wrote; fields that a request has no place for are passed over.
 
@@ -85,13 +90,18 @@ def read_parameters(text: str) -> Parameters:
     return Parameters(resolve_tags(request), fields.get("Model", ""), _read_hashes(fields.get("Lora hashes", "")))
 
 
-def save_png(image: Image.Image, path: Path, text: str) -> None:
-    """Write a PNG with `text` as its `parameters`, whole or not at all."""
+def png_bytes(image: Image.Image, text: str) -> bytes:
+    """A PNG with `text` as its `parameters`."""
     info = PngInfo()
     info.add_text("parameters", text)  # Latin-1 as tEXt, anything else as iTXt
     file = io.BytesIO()
     image.save(file, format="PNG", pnginfo=info)
-    write_bytes_atomically(path, file.getvalue())
+    return file.getvalue()
+
+
+def save_png(image: Image.Image, path: Path, text: str) -> None:
+    """Write a PNG with `text` as its `parameters`, whole or not at all."""
+    write_bytes_atomically(path, png_bytes(image, text))
 
 
 def read_png(path: Path) -> Parameters:

@@ -1,25 +1,27 @@
-"""What `lora-diffusion generate` says in words: adapters with strengths, sizes, pictures in a folder."""
+"""What `lora-diffusion generate` and `grid` say in words: adapters with strengths, sizes, pictures in a folder."""
 
 from __future__ import annotations
 
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from lora_diffusion.errors import UserError
 from lora_diffusion.formats.adapter_file import AdapterFile
 from lora_diffusion.generation.engine import Engine
 from lora_diffusion.generation.infotext import save_png, write_parameters
+from lora_diffusion.generation.library import HASH_KEY
 from lora_diffusion.generation.request import Request, adapter_name
+from lora_diffusion.generation.sheet import Sheet, draw_cells
 from lora_diffusion.models.load import load_model
 from lora_diffusion.progress import Track, silent
 
 logger = logging.getLogger(__name__)
-
-HASH_KEY = "sshs_model_hash"
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -48,18 +50,8 @@ def write_pictures(
     numbered on from those that the folder has. Raises UserError before anything is drawn if a request or a file is
     wrong.
     """
-    files = {adapter_name(path.stem): AdapterFile.read(path) for path in adapters}
-    if len(files) < len(adapters):
-        raise UserError("Two adapter files have the same name, so requests cannot tell them apart. Rename one of them.")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    engine = Engine(load_model(base, configs=configs, dtype=_dtype(precision, device), device=device))
-    for name, file in files.items():
-        for note in file.notes:
-            logger.warning("%s: %s", file.path, note)
-        engine.load_adapter(name, file)
+    engine, hashes = ready_engine(base, adapters, precision=precision, configs=configs)
     requests = [engine.complete(request) for request in requests]
-    hashes = {name: file.metadata[HASH_KEY] for name, file in files.items() if HASH_KEY in file.metadata}
-    base_name = Path(base).name.removesuffix(".safetensors")
     out.mkdir(parents=True, exist_ok=True)
     number = 1 + max((int(path.name[:5]) for path in out.glob("[0-9][0-9][0-9][0-9][0-9]-*.png")), default=-1)
     paths: list[Path] = []
@@ -68,12 +60,59 @@ def write_pictures(
         batch = requests[start : start + engine.batch_size]
         for request, image in zip(batch, engine.generate(batch), strict=True):
             path = out / f"{number + len(paths):05d}-{request.seed}.png"
-            save_png(image, path, write_parameters(request, base_name, hashes))
+            save_png(image, path, write_parameters(request, base_name(base), hashes))
             paths.append(path)
     return paths
 
 
-def _dtype(precision: str, device: torch.device) -> torch.dtype:
+def write_sheet(
+    base: str,
+    adapters: Sequence[Path],
+    sheet: Sheet,
+    out: Path,
+    *,
+    precision: str = "auto",
+    configs: Path | None = None,
+    track: Track = silent,
+) -> None:
+    """Draw `sheet` into the PNG `out`, with its settings inside.
+
+    adapters: all files that its cells name. Raises UserError before anything is drawn if something is wrong.
+    """
+    cells = sheet.cells()
+    engine, hashes = ready_engine(base, adapters, precision=precision, configs=configs)
+    complete = replace(sheet, request=engine.complete(sheet.request))
+    images: list[Image.Image | None] = [None] * len(cells)
+    drawn = draw_cells(engine, cells)
+    for _ in track(range(len(cells)), "drawing"):
+        index, images[index] = next(drawn)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_png(complete.picture(images), out, complete.parameters(base_name(base), hashes))
+
+
+def ready_engine(
+    base: str, adapters: Sequence[Path], *, precision: str, configs: Path | None
+) -> tuple[Engine, dict[str, str]]:
+    """The base with these files loaded under their names, and the hashes of those that have one."""
+    files = {adapter_name(path.stem): AdapterFile.read(path) for path in adapters}
+    if len(files) < len(adapters):
+        raise UserError("Two adapter files have the same name, so requests cannot tell them apart. Rename one of them.")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    engine = Engine(load_model(base, configs=configs, dtype=choose_dtype(precision, device), device=device))
+    for name, file in files.items():
+        for note in file.notes:
+            logger.warning("%s: %s", file.path, note)
+        engine.load_adapter(name, file)
+    return engine, {name: file.metadata[HASH_KEY] for name, file in files.items() if HASH_KEY in file.metadata}
+
+
+def base_name(base: str) -> str:
+    """What pictures say they were drawn with: the last step of a path or hub id."""
+    return Path(base).name.removesuffix(".safetensors")
+
+
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What "auto", "fp32", "fp16" or "bf16" is on this device. Raises UserError."""
     if precision == "auto":
         if device.type == "cpu":
             return torch.float32

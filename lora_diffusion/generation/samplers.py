@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-
 from lora_diffusion.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from lora_diffusion.diffusion.schedule import NoiseSchedule
 
 

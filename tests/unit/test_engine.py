@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from lora_diffusion.adapters.inject import eject, inject, select_layers
 from lora_diffusion.adapters.lora import LoRA
 from lora_diffusion.errors import RunError, UserError
 from lora_diffusion.formats.adapter_file import AdapterFile, AdapterFileError
-from lora_diffusion.generation.engine import Engine, Request
+from lora_diffusion.generation.engine import Cancelled, Engine, Request
 from lora_diffusion.models.base import DiffusionModel
 from lora_diffusion.models.load import load_model
 from tests.random_adapters import random_adapter, written
@@ -22,6 +23,8 @@ from tests.tiny import make_tiny_sd1
 
 ROUNDING = 1
 """Matrix products of another batch size may round differently: at most one level of 255."""
+
+SHIPPED = Path(__file__).parents[2] / "samples" / "base"
 
 REQUEST = Request("a cat", "blurry", seed=1, steps=2, cfg=5.0, size=(32, 32))
 INK = replace(REQUEST, adapters={"ink": 1.0})
@@ -225,6 +228,63 @@ def test_an_adapter_loaded_again_draws_the_same_picture(model: DiffusionModel, f
     assert np.array_equal(*pictures)
 
 
+# Prompt weights
+
+
+def test_weights_of_1_and_escaped_brackets_are_the_plain_prompt_bit_for_bit(engine: Engine) -> None:
+    plain = draw_one(engine, replace(REQUEST, prompt="a cat"))
+    assert np.array_equal(plain, draw_one(engine, replace(REQUEST, prompt="a (cat:1.0)")))
+    encoded = engine.model.encode_text(["a (red) cat"], chunks=1).hidden
+    found = engine._encode_one(r"a \(red\) cat", REQUEST, 1).hidden
+    assert torch.equal(found, encoded)
+
+
+def test_a_weighted_token_is_scaled_and_the_mean_restored(engine: Engine) -> None:
+    plain = engine.model.encode_text(["a red cat"], chunks=1).hidden
+    found = engine._encode_one("a (red:1.5) cat", REQUEST, 1).hidden
+    expected = plain.clone()
+    expected[:, 2] *= 1.5  # after the begin mark and "a"; "red" is one token of the tiny vocabulary
+    expected *= plain.mean() / expected.mean()
+    torch.testing.assert_close(found, expected)  # the same operations in float32
+
+
+def test_weights_reach_tokens_of_later_chunks(engine: Engine) -> None:
+    text = "cat " * 80
+    plain = engine.model.encode_text([text + "red"], chunks=2).hidden
+    found = engine._encode_one(text + "(red:2)", REQUEST, 2).hidden
+    torch.testing.assert_close(found[:, :77], plain[:, :77])
+    changed = (found[0, 77:] / plain[0, 77:]).median(-1).values
+    assert changed.argmax() == 1 + 80 - 75
+
+
+def test_a_heavier_word_changes_the_picture_more(engine: Engine) -> None:
+    plain, light, heavy = draw(engine, *[replace(REQUEST, prompt=f"a (cat:{w})") for w in (1.0, 1.2, 2.0)])
+    assert 0 < np.abs(light - plain).mean() < np.abs(heavy - plain).mean()
+
+
+# Previews
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler-a", "dpm++2m-karras"])
+def test_a_preview_shows_what_the_picture_becomes(sampler: str) -> None:
+    engine = Engine(load_model(SHIPPED))
+    shown: list[Image.Image] = []
+    request = Request("a photo of a red house", seed=3, steps=6, sampler=sampler)
+    picture = engine.generate([request], on_preview=lambda _, draw: shown.append(draw()))[0]
+    assert len(shown) == 6
+    small = picture.resize(shown[0].size, Image.Resampling.BOX)
+    last = np.corrcoef(np.asarray(small).ravel(), np.asarray(shown[-1]).ravel())[0, 1]
+    first = np.corrcoef(np.asarray(small).ravel(), np.asarray(shown[0]).ravel())[0, 1]
+    assert last > 0.8
+    assert first > 0.4, "from the first step on it is no noise"
+
+
+def test_previews_change_no_picture(engine: Engine) -> None:
+    plain = engine.generate([REQUEST, INK])
+    watched = engine.generate([REQUEST, INK], on_preview=lambda _, draw: draw())
+    assert all(np.array_equal(a, b) for a, b in zip(plain, watched, strict=True))
+
+
 # What it leaves behind
 
 
@@ -233,9 +293,9 @@ def test_a_cancelled_drawing_leaves_the_engine_ready_for_the_next(engine: Engine
 
     def cancel(done: int, _total: int) -> None:
         if done == 2:
-            raise KeyboardInterrupt
+            raise Cancelled
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Cancelled):
         engine.generate([INK, replace(REQUEST, seed=7)], on_step=cancel)
     assert np.array_equal(draw_one(engine, REQUEST), expected)
 

@@ -3,7 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_diffusion.diffusion.schedule import NoiseSchedule, make_betas, sample_timestep, to_zero_terminal_snr
+from lora_diffusion.diffusion.schedule import (
+    NoiseSchedule,
+    Prediction,
+    make_betas,
+    sample_timestep,
+    to_zero_terminal_snr,
+)
 from lora_diffusion.errors import UserError
 from lora_diffusion.streams import stream
 
@@ -116,3 +122,15 @@ def test_timesteps_are_uniform_in_a_half_open_range() -> None:
 
 def test_a_timestep_range_of_one_is_that_timestep() -> None:
     assert sample_timestep(stream(0, "t"), 999, 1000) == 999
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_the_estimate_of_clean_latents_undoes_the_target(prediction: Prediction) -> None:
+    schedule = NoiseSchedule.from_betas(make_betas("scaled_linear"), prediction)
+    latents, noise = (torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    t = torch.tensor([0, 500, 999])
+    noisy = schedule.add_noise(latents, noise, t)
+    # at t = 999 the signal is 0.07, which makes float32 rounding 15 times as large
+    torch.testing.assert_close(
+        schedule.estimate(noisy, schedule.target(latents, noise, t), t), latents, atol=1e-4, rtol=0
+    )

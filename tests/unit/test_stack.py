@@ -163,3 +163,49 @@ def test_bad_additions_and_weights_are_refused() -> None:
         stack.weights.set(["neon"], VALUES)
     with pytest.raises(ValueError, match="named twice"):
         stack.weights.set(["neon", "neon"], VALUES)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_packed_adapters_of_different_ranks_equal_each_image_alone(kind: str) -> None:
+    base = make_layer(kind)
+    stack = AdapterStack(base)
+    for seed, rank in enumerate((1, 2, 4)):
+        adapter = LoRA(base, rank, 3.0, generator=stream(seed, "init"))
+        nn.init.normal_(adapter.lora_up.weight, generator=stream(seed, "up"))
+        stack.add(str(seed), adapter)
+    values = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.5, -1.0], [0.0, 0.0, 0.0], [0.3, 0.3, 0.3]])
+    x = make_input(base, 8)
+    with torch.no_grad():
+        stack.weights.set(["0", "1", "2"], values)
+        together = stack(x)
+        assert len(stack.weights.packed) == 1
+        for row in range(8):
+            stack.weights.set(["0", "1", "2"], values[row % 4 : row % 4 + 1])
+            # float32 sums of up to 54 terms of size 1, in another order
+            torch.testing.assert_close(together[row], stack(x[row : row + 1])[0], rtol=1e-5, atol=1e-5)
+    stack.weights.clear()
+    assert stack.weights.packed == {}, "nothing is kept for a batch that is over"
+
+
+def test_other_kinds_are_computed_only_on_the_rows_that_use_them() -> None:
+    base = make_layer("linear")
+    stack = make_stack(base, cls=FullDelta)
+    stack.weights.set(["ink v1.0", "neon"], VALUES)
+    x = make_input(base, 6)
+    x[2], x[5] = torch.nan, torch.nan  # the third image uses neither: its row must not reach the others
+    with torch.no_grad():
+        output = stack(x)
+    assert torch.isfinite(output[[0, 1, 3, 4]]).all()
+
+
+def test_an_adapter_that_joins_later_is_seen_at_once() -> None:
+    base = make_layer("linear")
+    stack = AdapterStack(base)
+    stack.weights.set(["late"], torch.ones(1, 1))
+    x = make_input(base, 1)
+    with torch.no_grad():
+        before = stack(x)
+        stack.add("late", make_adapter(base, 1))
+        assert not torch.equal(stack(x), before)
+        stack.remove("late")
+        assert torch.equal(stack(x), before)

@@ -180,6 +180,9 @@ def test_times_sizes_and_addresses() -> None:
 def used_keys() -> set[str]:
     """Keys named in the code; of a key that is put together, all that begin like it."""
     used: set[str] = set()
+    for path in (WEBUI / "static").glob("*.js"):  # a page's script has its own words, without the page's name
+        text = path.read_text(encoding="utf-8")
+        used |= {key for key in words("en") if f'"{key.partition(".")[2]}"' in text}
     for path in WEBUI.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         tree = ast.parse(text)

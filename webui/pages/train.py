@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from urllib.parse import urlencode
 
 import gradio as gr
@@ -100,7 +101,7 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
             )
         return redraw(goals.apply(given.get("goal", ""), given.get("word", ""), now))
 
-    def read(text: str, file: bytes | None) -> list[object]:
+    def read(text: str, file: bytes | None) -> Sequence[object]:
         try:
             source = file.decode("utf-8-sig") if file else text
             loaded, wrong = fields_from_toml(source)

@@ -11,6 +11,7 @@ from lora_diffusion.workspace import Workspace
 from webui.services.follow import Followers
 from webui.services.pictures import Pictures
 from webui.services.places import Places
+from webui.services.studio import Studio, make_studio
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Site:
     places: Places
     queue: Queue
     pictures: Pictures
+    studio: Studio
     followers: Followers = field(default_factory=Followers)
 
     @property
@@ -43,4 +45,5 @@ def make_site(root: Path, also: tuple[Path, ...] = (), queue: Queue | None = Non
     """root: the workspace's folder. queue: another one than the workspace's own, for tests."""
     workspace = Workspace(root.resolve())
     places = Places(workspace, tuple(folder.resolve() for folder in also))
-    return Site(places, queue or Queue(workspace), Pictures(places, workspace.thumbnails))
+    queue = queue or Queue(workspace)
+    return Site(places, queue, Pictures(places, workspace.thumbnails), make_studio(places, queue))

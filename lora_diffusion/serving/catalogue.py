@@ -1,0 +1,66 @@
+"""What there is to know about the adapters of a library without loading them, for clients to choose from."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_diffusion.container import read_header
+from lora_diffusion.errors import UserError
+from lora_diffusion.formats.layout import layout_of
+from lora_diffusion.generation.library import HASH_KEY
+
+_NUM_TAGS = 8
+
+
+class Catalogue:
+    """Reads each file's header once, and again when the file has changed."""
+
+    def __init__(self) -> None:
+        self._read: dict[tuple[Path, int, int], dict[str, Any]] = {}
+
+    def list(self, paths: Mapping[str, Path]) -> list[dict[str, Any]]:
+        """One entry per name, sorted. A file that cannot be used has an `error` and no more."""
+        return [self._entry(name, path) for name, path in sorted(paths.items())]
+
+    def _entry(self, name: str, path: Path) -> dict[str, Any]:
+        try:
+            status = path.stat()
+            key = (path, status.st_size, status.st_mtime_ns)
+            if key not in self._read:
+                self._read[key] = _describe(path)
+            return {"name": name, "file": path.name, "bytes": status.st_size} | self._read[key]
+        except (UserError, OSError) as error:
+            return {"name": name, "file": path.name, "error": str(error).replace(f"{path.parent}", "").lstrip("/\\")}
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    header = read_header(path)
+    layout = layout_of(path, header)
+    geometries = layout.geometries.values()
+    ranks = Counter(geometry.rank for geometry in geometries)
+    return {
+        "family": layout.family,
+        "kind": Counter(geometry.name for geometry in geometries).most_common(1)[0][0],
+        "rank": ranks.most_common(1)[0][0],
+        "triggers": trigger_words(header.metadata),
+        "hash": header.metadata.get(HASH_KEY, ""),
+    }
+
+
+def trigger_words(metadata: Mapping[str, str]) -> list[str]:
+    """What to write in a prompt: the phrase that the file names, else the tags that its captions had most often."""
+    phrase = metadata.get("modelspec.trigger_phrase", "").strip()
+    if phrase:
+        return [phrase[:200]]
+    try:
+        by_folder = json.loads(metadata.get("ss_tag_frequency", "{}"))
+        counts: Counter[str] = Counter()
+        for tags in by_folder.values():
+            counts.update({str(tag).strip()[:200]: int(count) for tag, count in tags.items()})
+    except (ValueError, TypeError, AttributeError):
+        return []  # free text of other programs
+    return [tag for tag, _ in counts.most_common(_NUM_TAGS) if tag]

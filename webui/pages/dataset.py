@@ -1,0 +1,78 @@
+"""Data sets: look at the pictures, write their captions, find what is wrong with them.
+
+The page lives in the browser (`static/dataset.js`), as a thousand pictures are too many for components. It asks the
+server through one function; what it may ask for is `_answers`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import gradio as gr
+
+from lora_diffusion.errors import UserError
+from webui.components.html import html
+from webui.services.datasets import Datasets
+from webui.services.site import Site
+from webui.translate import Translator, words
+
+logger = logging.getLogger(__name__)
+
+Question = dict[str, Any]
+Answer = Any
+
+
+def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
+    """Layout; all events are the browser's."""
+    answers = _answers(Datasets(site.places))
+
+    def ask(question: Question) -> Answer:
+        """What the page sends: {"do": …, …}. An error for people comes back as {"error": text}."""
+        try:
+            return answers[str(question["do"])](question)
+        except UserError as error:
+            return {"error": str(error)}
+        except (KeyError, TypeError, ValueError):
+            logger.exception("a question of the data set page")
+            return {"error": "The page asked for something that there is not. Reload it."}
+        except OSError as error:
+            return {"error": f"{error.strerror or error}"}
+
+    texts = {key: text for key, text in words(t.language).items() if key.startswith("dataset.")}
+    gr.HTML(
+        str(
+            html(
+                '<div id="dataset" data-words="{texts}"><p class="busy">…</p></div>',
+                texts=json.dumps(texts, ensure_ascii=False),
+            )
+        ),
+        elem_id="dataset-page",
+        apply_default_css=False,
+        js_on_load="window.loraDiffusionDataset(element, server)",
+        server_functions=[ask],
+    )
+
+
+def _answers(datasets: Datasets) -> dict[str, Callable[[Question], Answer]]:
+    return {
+        "all": lambda q: datasets.all(),
+        "open": lambda q: datasets.open(str(q["set"])),
+        "look": lambda q: datasets.look(str(q["set"])),
+        "view": lambda q: datasets.view(str(q["set"]), q["filter"], int(q["resolution"] or 0), int(q["step"])),
+        "save": lambda q: datasets.save(str(q["set"]), str(q["name"]), q["before"], str(q["text"])),
+        "preview": lambda q: datasets.preview(str(q["set"]), q["names"], q["edit"]),
+        "apply": lambda q: datasets.apply(str(q["set"]), q["names"], q["edit"], str(q["digest"]), q["without"]),
+        "undo": lambda q: datasets.undo(str(q["set"])),
+        "redo": lambda q: datasets.undo(str(q["set"]), again=True),
+        "mend": lambda q: datasets.mend(str(q["set"]), str(q["name"]), q["options"]),
+        "mending": lambda q: datasets.mending(str(q["set"])),
+        "make": lambda q: {"set": datasets.make_set(str(q["name"]))},
+        "upload": lambda q: {
+            "name": datasets.upload(
+                str(q["set"]), str(q["name"]), str(q["piece"]), int(q["offset"]), is_last=bool(q["last"])
+            )
+        },
+    }

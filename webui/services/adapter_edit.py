@@ -1,0 +1,84 @@
+"""Changes to the library: metadata, copies, deleting. The tensors of a file stay bit for bit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_diffusion.container import read_header, with_metadata
+from lora_diffusion.errors import UserError
+from lora_diffusion.files import write_bytes_atomically
+from lora_diffusion.workspace import Workspace
+from webui.services.library import Adapter
+
+MAX_TEXT = 8000
+MAX_FILE_BYTES = 4_000_000_000
+
+
+@dataclass(frozen=True)
+class Description:
+    """What can be edited, as ModelSpec names it. thumbnail: a data URI, "" for none, None to leave it as it is."""
+
+    title: str
+    trigger_phrase: str
+    tags: str
+    description: str
+    thumbnail: str | None = None
+
+
+def edit(adapter: Adapter, wanted: Description) -> None:
+    """Write the description into the file, whole or not at all. Raises UserError for a file that is not ours."""
+    if adapter.source == "sample":
+        raise UserError("This file ships with the program. Copy it to the library and edit the copy.")
+    if adapter.size > MAX_FILE_BYTES:
+        raise UserError("The file is too large to be edited.")
+    metadata = dict(read_header(adapter.path).metadata)
+    write_bytes_atomically(adapter.path, with_metadata(adapter.path.read_bytes(), changed_metadata(metadata, wanted)))
+
+
+def changed_metadata(metadata: Mapping[str, str], wanted: Description) -> dict[str, str]:
+    """The metadata with the description's fields; an empty one goes."""
+    changed = dict(metadata)
+    values: dict[str, str | None] = {
+        "title": wanted.title,
+        "trigger_phrase": wanted.trigger_phrase,
+        "tags": ", ".join(tag.strip() for tag in wanted.tags.split(",") if tag.strip()),
+        "description": wanted.description,
+        "thumbnail": wanted.thumbnail,
+    }
+    for key, value in values.items():
+        if value is None:
+            continue
+        if len(value) > MAX_TEXT and key != "thumbnail":
+            raise UserError(f"{key} has {len(value)} characters; at most {MAX_TEXT} are written.")
+        if value.strip():
+            changed[f"modelspec.{key}"] = value.strip()
+        else:
+            changed.pop(f"modelspec.{key}", None)
+    return changed
+
+
+def copy_to_library(workspace: Workspace, adapter: Adapter, name: str | None = None) -> Path:
+    """A copy in adapters/ under a free name, with nothing half copied left behind."""
+    workspace.adapters.mkdir(parents=True, exist_ok=True)
+    target = _free(workspace.adapters / f"{name or adapter.path.stem}.safetensors")
+    handle, part = tempfile.mkstemp(prefix=".copy-", dir=workspace.adapters)
+    os.close(handle)
+    try:
+        shutil.copyfile(adapter.path, part)
+        os.link(part, target)  # fails where somebody took the name meanwhile
+    finally:
+        Path(part).unlink(missing_ok=True)
+    return target
+
+
+def _free(path: Path) -> Path:
+    number = 2
+    free = path
+    while free.exists():
+        free, number = path.with_name(f"{path.stem} {number}{path.suffix}"), number + 1
+    return free

@@ -1,0 +1,88 @@
+"""The base models to draw with: what family they are, and which sizes suit them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_diffusion.errors import UserError
+from lora_diffusion.formats.families import FAMILY_WIDTHS
+from webui.services.form_values import fields_from_toml
+from webui.services.places import Places
+
+Size = tuple[int, int]
+
+SIZES: dict[str, tuple[Size, ...]] = {
+    "sd1": ((512, 512), (512, 768), (768, 512), (640, 640), (512, 640), (640, 512)),
+    "sd2": ((768, 768), (768, 1024), (1024, 768), (512, 512)),
+    "sdxl": ((1024, 1024), (832, 1216), (1216, 832), (896, 1152), (1152, 896), (768, 1344), (1344, 768)),
+}
+MAX_RUNS = 200
+
+
+@dataclass(frozen=True)
+class Base:
+    """id: of Places. family: "" if the files do not tell. sizes: its own first."""
+
+    id: str
+    family: str
+    sizes: tuple[Size, ...]
+
+    @property
+    def name(self) -> str:
+        return Path(self.id).name.removesuffix(".safetensors")
+
+
+def bases(places: Places) -> list[Base]:
+    """Every base in the workspace, and those that its runs were trained on."""
+    ids = dict.fromkeys([*places.models(), *_of_runs(places)])
+    return [base_of(places, id) for id in ids]
+
+
+def find_base(places: Places, id: str) -> Base:
+    """Raises UserError for an id that names no base in the workspace."""
+    path = places.resolve(id)
+    if not ((path / "model_index.json").is_file() or (path.is_file() and path.suffix == ".safetensors")):
+        raise UserError(f"There is no base {id}. Put a diffusers folder or a .safetensors file into models/.")
+    return base_of(places, places.id_of(path))
+
+
+def base_of(places: Places, id: str) -> Base:
+    folder = places.root / id
+    unet, vae = _config(folder / "unet"), _config(folder / "vae")
+    width = unet.get("cross_attention_dim")
+    family = FAMILY_WIDTHS.get(width, "") if isinstance(width, int) else ""
+    own = unet.get("sample_size")
+    blocks = vae.get("block_out_channels")
+    if isinstance(own, int) and isinstance(blocks, list):
+        side = own * 2 ** (len(blocks) - 1)
+        others = SIZES.get(family) or _around(side)
+        return Base(id, family, tuple(dict.fromkeys([(side, side), *others])))
+    return Base(id, family, SIZES.get(family) or (*SIZES["sd1"][:3], *SIZES["sdxl"][:3]))
+
+
+def _around(side: int) -> tuple[Size, ...]:
+    """Sizes for a base of no published family: the side, and half as much again in either direction."""
+    return (side, side), (side, side * 3 // 2), (side * 3 // 2, side)
+
+
+def _of_runs(places: Places) -> list[str]:
+    found: list[str] = []
+    for folder in list(places.workspace.run_folders())[-MAX_RUNS:]:
+        try:
+            fields, _ = fields_from_toml((folder / "config.toml").read_text(encoding="utf-8"))
+            path = places.resolve(fields.get("model.path", ""))
+        except (OSError, UserError, UnicodeDecodeError):
+            continue
+        if path != places.root.resolve() and (path / "model_index.json").is_file():
+            found.append(places.id_of(path))
+    return found
+
+
+def _config(folder: Path) -> dict[str, object]:
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}

@@ -1,0 +1,87 @@
+"""The fields of the page Generate as a request, and a request as fields."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from dataclasses import dataclass, replace
+
+from lora_diffusion.errors import UserError
+from lora_diffusion.generation.request import Request, resolve_tags
+from lora_diffusion.generation.sheet import AXES, Axis, Sheet, parse_axis
+
+MAX_PROMPT = 10_000
+MAX_SIDE_PX = 2048
+SEED_MODES = ("random", "fixed", "next")
+
+
+@dataclass(frozen=True)
+class DrawingForm:
+    """What the fields hold. Numbers are as the browser sent them: anything."""
+
+    prompt: str
+    negative: str
+    steps: object
+    cfg: object
+    sampler: str
+    clip_skip: object
+    count: object
+    width: object
+    height: object
+    seed: object
+    seed_mode: str
+
+    def requests(self) -> list[Request]:
+        """One per picture, with seeds in a row. Raises UserError that names the field."""
+        first = self.request()
+        count = _whole(self.count, "Pictures", 1, 64)
+        return [replace(first, seed=first.seed + index) for index in range(count)]
+
+    def request(self) -> Request:
+        """The first picture; a random seed is drawn here. Tags have moved from the prompt to the adapters."""
+        if len(self.prompt) > MAX_PROMPT or len(self.negative) > MAX_PROMPT:
+            raise UserError(f"A prompt has at most {MAX_PROMPT} characters.")
+        seed = secrets.randbelow(2**32) if self.seed_mode == "random" else _whole(self.seed, "Seed", 0, 2**62)
+        return resolve_tags(
+            Request(
+                prompt=self.prompt.strip(),
+                negative=self.negative.strip(),
+                seed=seed,
+                steps=_whole(self.steps, "Steps", 1, 200),
+                cfg=_number(self.cfg, "Guidance", 1, 100),
+                size=(_whole(self.width, "Width", 8, MAX_SIDE_PX), _whole(self.height, "Height", 8, MAX_SIDE_PX)),
+                sampler=self.sampler,
+                clip_skip=_whole(self.clip_skip, "CLIP skip", 1, 24),
+            )
+        )
+
+    def sheet(self, x: tuple[str, str], y: tuple[str, str]) -> Sheet:
+        """x, y: name and values of each axis; the name of y is "" for none. Raises UserError."""
+        return Sheet(self.request(), _axis(x, "X"), _axis(y, "Y") if y[0] in AXES else None)
+
+
+def _axis(axis: tuple[str, str], letter: str) -> Axis:
+    return parse_axis(f"{axis[0]}={axis[1]}", letter)
+
+
+def next_seed(form: DrawingForm, drawn: list[Request]) -> int:
+    """What the seed field shows after drawing."""
+    return drawn[-1].seed + 1 if form.seed_mode == "next" else drawn[0].seed
+
+
+def _number(value: object, name: str, low: float, high: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{name}: this is no number.")
+    if not low <= value <= high:
+        raise UserError(f"{name} is {value:g}; it must be from {low:g} to {high:g}.")
+    return float(value)
+
+
+def _whole(value: object, name: str, low: int, high: int) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        _number(value, name, low, high)
+        return value
+    number = _number(value, name, low, high)
+    if not number.is_integer():
+        raise UserError(f"{name} is {number:g}; it must be a whole number.")
+    return int(number)
