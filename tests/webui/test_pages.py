@@ -55,7 +55,7 @@ def test_every_component_that_is_used_or_filled_has_an_id_of_its_page(demo: Any)
     ids = [block.elem_id for block in components]
 
     assert len(components) > 30
-    assert all(re.fullmatch(r"(top|train|run|runs)(-[a-z]+)*", id or "") for id in ids), ids
+    assert all(re.fullmatch(r"(top|train|run|runs|dataset|generate|adapters)(-[a-z]+)*", id or "") for id in ids), ids
     own = [id for id in ids if not id.startswith("top")]
     assert len(own) == len(set(own))
 

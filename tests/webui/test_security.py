@@ -211,9 +211,7 @@ def test_an_upload_is_limited_in_size_and_number(client: TestClient) -> None:
     many = [("files", (f"{index}.toml", b"x", "text/plain")) for index in range(Limits(1).files + 1)]
     assert client.post("/gradio_api/upload", files=many).status_code == 413
 
-    def unannounced() -> Iterator[
-        bytes
-    ]:  # goes without a content-length
+    def unannounced() -> Iterator[bytes]:  # goes without a content-length
         for _ in range(MAX_UPLOAD_BYTES // 1_000_000 + 2):
             yield b"x" * 1_000_000
 

@@ -161,6 +161,7 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
                 with gr.Tab(t("generate.tab.compare"), id="compare"):
                     gr.HTML(
                         str(html('<p class="hint">{text}</p>', text=t("generate.compare.about"))),
+                        elem_id="generate-compare-about",
                         apply_default_css=False,
                     )
                     compare = gr.Button(t("generate.compare.go"), elem_id="generate-compare")
