@@ -40,11 +40,8 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
     """Layout and events."""
     studio = site.studio
     known_bases = bases(site.places)
-    gr.HTML(
-        str(html('<div class="title"><h1>{text}</h1></div>', text=t("adapters.title"))),
-        elem_id="adapters-title",
-        apply_default_css=False,
-    )
+    heading = html('<div class="title"><h1>{text}</h1></div>', text=t("adapters.title"))
+    gr.HTML(str(heading), elem_id="adapters-title", apply_default_css=False)
     # A hidden field and no State: only its changes are told when events do not wait in the queue.
     chosen = gr.Textbox(visible="hidden", elem_id="adapters-chosen", label="chosen")
     mix = gr.Textbox(visible="hidden", elem_id="adapters-mixed", label="mix")
