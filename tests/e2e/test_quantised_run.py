@@ -101,7 +101,6 @@ def test_training_lowers_the_loss(tiny_sd1: Path, tmp_path: Path, quantise: str)
     assert after < 0.95 * before, f"{before:.4f} → {after:.4f}"
 
 
-@pytest.mark.slow
 def test_training_on_nf4_lowers_the_loss_on_the_data_set_that_ships(tmp_path: Path) -> None:
     config = write_config(
         tmp_path / "ink.toml",
