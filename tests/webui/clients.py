@@ -2,8 +2,8 @@
 
     python -m tests.webui.clients URL FIRST NUMBER SECONDS
 
-connects clients FIRST … FIRST + NUMBER - 1, prints a line, waits for one, and prints what they saw as JSON. Many threads
-of one Python process would measure how they wait for each other.
+connects clients FIRST … FIRST + NUMBER - 1, prints a line, waits for one, and prints what they saw as JSON. Many
+threads of one Python process would measure how they wait for each other.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Program:
         elif self.runs:
             self.call("stop_run", self.runs[0])
 
-    def call(self, name: str, *values: object, **named: object) -> Any:
+    def call(self, name: str, *values: Any, **named: Any) -> Any:
         return self.seen.timed(name, lambda: self.client.predict(*values, **named, api_name=f"/{name}"))
 
     def page(self) -> None:
