@@ -19,7 +19,7 @@ from lora_diffusion.generation.request import Request, take_out_tags
 from lora_diffusion.workspace import Workspace
 from webui.services.adapter_edit import Description, copy_to_library, edit
 from webui.services.drawing_form import DrawingForm
-from webui.services.drawings import Desk, Drawing, NoLongerWanted, Progress, Report, Stopped
+from webui.services.drawings import MAX_WAITING, Desk, Drawing, NoLongerWanted, Progress, Report, Stopped
 from webui.services.file_tools import ToolError, checked_name
 from webui.services.gallery import Gallery
 from webui.services.library import Library, matching
@@ -253,6 +253,20 @@ def test_cancelling_lets_the_next_drawing_start_and_keeps_what_is_done(places: P
 
     assert _now(desk, first).phase == "cancelled"
     assert len(Gallery(places).newest()) == 2
+
+
+def test_the_line_is_bounded_and_says_so(places: Places) -> None:
+    desk = Desk(places.workspace, StubEngine())
+    for seed in range(MAX_WAITING):
+        desk.add("pictures", "base", [Request("a", seed=seed)] * 2)
+
+    with pytest.raises(UserError, match="Busy: 64 drawings"):
+        desk.add("pictures", "base", [Request("a", seed=1)])
+    assert len(desk.unfinished()) == MAX_WAITING
+    desk.cancel()
+    until(lambda: not desk.unfinished())
+    assert desk.add("pictures", "base", [Request("a", seed=1)])
+    desk.cancel()
 
 
 def test_the_gallery_shows_its_folder_only(places: Places) -> None:
