@@ -43,3 +43,8 @@ def size(num_bytes: float) -> str:
             return f"{num_bytes:.0f} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:.1f} GB"
+
+
+def when_there(name: str, code: str) -> str:
+    """JavaScript that runs as soon as `window.name` is there: a slow browser has Gradio's scripts before ours."""
+    return f"(function start() {{ if (window.{name}) {code}; else setTimeout(start, 20); }})()"

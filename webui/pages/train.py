@@ -11,7 +11,7 @@ from lora_diffusion.config import TrainConfig
 from lora_diffusion.config_errors import ConfigError
 from lora_diffusion.errors import UserError
 from webui.components.form import Choices, render_form
-from webui.components.html import html
+from webui.components.html import html, when_there
 from webui.components.report import render_glances, render_problems, render_report, render_toml
 from webui.services import goals, preflight
 from webui.services.form_values import (
@@ -28,6 +28,7 @@ from webui.services.site import Site
 from webui.translate import Translator
 
 COLLECT = "() => window.loraDiffusion.collect()"
+DRAFT = f"() => new Promise((give) => {when_there('loraDiffusion', 'give(window.loraDiffusion.draft())')})"
 
 
 def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
@@ -43,7 +44,7 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
                 str(render_form(t, first.fields, choices, first.id)),
                 elem_id="train-form",
                 apply_default_css=False,
-                js_on_load="window.loraDiffusion.form(trigger)",
+                js_on_load=when_there("loraDiffusion", "window.loraDiffusion.form(trigger)"),
             )
         with gr.Column(scale=3, min_width=320, elem_classes="rail"):
             problems = gr.HTML(elem_id="train-problems", apply_default_css=False)
@@ -132,9 +133,7 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
 
     parts = [form, problems, toml, glances]
     quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    demo.load(open_page, fields, form, js="() => window.loraDiffusion.draft()", **quick).then(
-        edit, fields, parts[1:], js=COLLECT, **quick
-    )
+    demo.load(open_page, fields, form, js=DRAFT, **quick).then(edit, fields, parts[1:], js=COLLECT, **quick)
     form.input(edit, fields, parts[1:], js=COLLECT, trigger_mode="always_last", **quick)
     form.select(choose, fields, parts, js=COLLECT, **quick)
     upload.upload(read, [pasted, upload], [*parts, said], **quick)
