@@ -83,29 +83,21 @@ class Part:
 
     file_prefix: "lora_unet", "lora_te". file_root: a level that files have and module paths may lack, such as the
     "text_model." that transformers 5 dropped from CLIP. rename: from a rooted path to the path in files, where they
-    differ. others: (prefix, rename) of each further spelling that files are found with.
+    differ.
     """
 
     module: nn.Module
     file_prefix: str
     file_root: str = ""
     rename: Rename | None = None
-    others: tuple[tuple[str, Rename | None], ...] = ()
 
     def file_name(self, path: str) -> str:
         """The name in kohya files of the layer at dotted `path`: "lora_unet_down_blocks_0_…_attn1_to_q".
 
         Raises ValueError for what is no layer, if files have other names than modules.
         """
-        return self._name(path, self.file_prefix, self.rename)
-
-    def aliases(self, path: str) -> tuple[str, ...]:
-        """Other names under which files may have this layer."""
-        return tuple(self._name(path, prefix, rename) for prefix, rename in self.others)
-
-    def _name(self, path: str, prefix: str, rename: Rename | None) -> str:
         rooted = path if path.startswith(self.file_root) else self.file_root + path
-        return f"{prefix}_{rename(rooted) if rename else rooted}".replace(".", "_")
+        return f"{self.file_prefix}_{self.rename(rooted) if self.rename else rooted}".replace(".", "_")
 
 
 class DiffusionModel(nn.Module, ABC):

@@ -11,11 +11,11 @@ from typing import Any, Literal
 import torch
 from huggingface_hub import snapshot_download
 
-from lora_diffusion.container import read_header
+from lora_diffusion.container import PICKLE_SUFFIXES, read_header
 from lora_diffusion.diffusion.schedule import Prediction
 from lora_diffusion.models.attention import AttentionKind, set_attention
 from lora_diffusion.models.base import DiffusionModel
-from lora_diffusion.models.components import PICKLE_SUFFIXES, Dtypes, read_folder, read_json
+from lora_diffusion.models.components import Dtypes, read_folder, read_json
 from lora_diffusion.models.errors import ModelError
 from lora_diffusion.models.families import FAMILIES, NAMES, Evidence, family_of_checkpoint, family_of_config
 from lora_diffusion.models.quantise import QuantiseKind, check_quantise, quantise_linears

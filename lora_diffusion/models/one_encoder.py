@@ -36,8 +36,8 @@ class OneEncoderModel(DiffusionModel):
     @property
     def parts(self) -> dict[str, Part]:
         return {
-            "unet": Part(self.unet, "lora_unet", others=(("lora_unet", self.unet_to_ldm),)),
-            "text_encoder": Part(self.text_encoder, "lora_te", "text_model.", others=(("lora_te1", None),)),
+            "unet": Part(self.unet, "lora_unet"),
+            "text_encoder": Part(self.text_encoder, "lora_te", "text_model."),
         }
 
     def hash_text_encoder(self) -> str:

@@ -48,8 +48,8 @@ class SDXL(DiffusionModel):
     def parts(self) -> dict[str, Part]:
         """Files name the UNet's layers as the original code does: "lora_unet_input_blocks_4_1_proj_in"."""
         return {
-            "unet": Part(self.unet, "lora_unet", rename=self.unet_to_ldm, others=(("lora_unet", None),)),
-            "text_encoder": Part(self.text_encoder, "lora_te1", "text_model.", others=(("lora_te", None),)),
+            "unet": Part(self.unet, "lora_unet", rename=self.unet_to_ldm),
+            "text_encoder": Part(self.text_encoder, "lora_te1", "text_model."),
             "text_encoder_2": Part(self.text_encoder_2, "lora_te2", "text_model."),
         }
 

@@ -213,7 +213,9 @@ def test_an_adapter_is_inspected_and_described_and_hostile_texts_stay_texts(stud
     expect(page.locator("#adapters-head h2")).to_contain_text("img src=x", timeout=WAIT_MS)
     expect(page.locator("#adapters-inspection .bar-row")).to_have_count(16, timeout=FIRST_MS)
     page.get_by_role("tab", name="Describe").click()
-    page.locator("#adapters-edit-trigger input, #adapters-edit-trigger textarea").first.fill("inky")
+    trigger = page.locator("#adapters-edit-trigger input, #adapters-edit-trigger textarea").first
+    expect(trigger).to_have_value(HOSTILE, timeout=WAIT_MS)
+    trigger.fill("inky")
     page.locator("#adapters-edit-save").click()
     expect(page.locator("#adapters-said")).to_contain_text("bit for bit", timeout=WAIT_MS)
     expect(page.locator('.lora[data-id^="adapters/x"]')).to_contain_text("inky", timeout=WAIT_MS)

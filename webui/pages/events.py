@@ -1,0 +1,16 @@
+"""How events of pages are run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+"""What takes no time: it overtakes everything that waits."""
+
+TOOLS: dict[str, Any] = {
+    "concurrency_id": "tools",
+    "concurrency_limit": 2,
+    "show_progress": "hidden",
+    "api_visibility": "private",
+}
+"""Processes on adapter files: two at a time."""
