@@ -12,6 +12,7 @@ import gradio as gr
 from markupsafe import Markup
 
 from lora_diffusion.jobs.condition import ACTIVE
+from webui.api import add_api
 from webui.components.live import live
 from webui.components.strip import render_navigation, render_strip
 from webui.pages import dataset, run, runs, train
@@ -49,6 +50,8 @@ def build(site: Site, language: str) -> gr.Blocks:
     t = Translator(language)
     with gr.Blocks(title="lora_diffusion", analytics_enabled=False, fill_width=True) as demo:
         _fill(PAGES[0], site, t, demo)
+        if language == "en":  # programs have one address, whatever people read
+            add_api(site)
     for page in PAGES[1:]:
         with demo.route(t(page.title), page.path):
             _fill(page, site, t, demo)

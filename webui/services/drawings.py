@@ -25,8 +25,10 @@ logger = logging.getLogger(__name__)
 Phase = Literal["waiting", "starting", "in line", "drawing", "done", "failed", "cancelled"]
 Kind = Literal["pictures", "comparison", "sheet", "trial"]
 UNFINISHED: tuple[Phase, ...] = ("waiting", "starting", "in line", "drawing")
-KEPT = 40
+KEPT = 200
 MAX_PICTURES = 64
+MAX_WAITING = 64
+"""Drawings that are not finished. Beyond that people are told to wait, in place of a line that grows without end."""
 
 
 class NoLongerWanted(Exception):
@@ -115,11 +117,13 @@ class Desk:
     _thread: threading.Thread | None = None
 
     def add(self, kind: Kind, base: str, requests: Sequence[Request], sheet: Sheet | None = None) -> Drawing:
-        """Put it in line. Raises UserError if it is too much."""
+        """Put it in line. Raises UserError if it is too much, or the line is full."""
         limit = 400 if kind == "sheet" else MAX_PICTURES
         if not 1 <= len(requests) <= limit:
             raise UserError(f"{len(requests)} pictures at once; at most {limit} are drawn.")
         with self._lock:
+            if sum(other.is_unfinished for other in self._drawings.values()) >= MAX_WAITING:
+                raise UserError(f"Busy: {MAX_WAITING} drawings are in line already. Try again when some are done.")
             id = next(self._numbers)
             drawing = Drawing(id, kind, base, tuple(requests), pictures=(None,) * len(requests), sheet=sheet)
             self._drawings[id] = drawing
@@ -152,9 +156,10 @@ class Desk:
         with self._lock:
             for drawing in list(self._drawings.values()):
                 if drawing.is_unfinished and id in (None, drawing.id):
-                    self._stopped.add(drawing.id)
                     if drawing.phase == "waiting":
                         self._change(drawing.id, phase="cancelled", ended=time.time())
+                    else:
+                        self._stopped.add(drawing.id)
 
     def _work(self) -> None:
         while True:
@@ -195,7 +200,9 @@ class Desk:
         except Exception as error:
             logger.exception("drawing failed")
             self._change(drawing.id, phase="failed", message=f"{type(error).__name__}: {error}")
-        self._change(drawing.id, ended=time.time())
+        with self._lock:
+            self._stopped.discard(drawing.id)
+            self._change(drawing.id, ended=time.time())
 
     def _folder(self, drawing: Drawing) -> Path:
         folder = self.workspace.pictures
