@@ -74,7 +74,9 @@ def add_api(site: Site) -> None:
         return _drawing(site, found)
 
     for function in (status, list_runs, queue_run, stop_run, draw, drawing):
-        gr.api(function, api_name=function.__name__, queue=False, concurrency_limit=None)
+        gr.api(  # pyright: ignore[reportPrivateImportUsage]  # public, though gradio's stubs do not say so
+            function, api_name=function.__name__, queue=False, concurrency_limit=None
+        )
 
 
 def _run(site: Site, job: Job) -> dict[str, object]:

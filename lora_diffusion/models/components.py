@@ -50,11 +50,16 @@ class Components:
 
 def read_folder(folder: Path, family: str, dtypes: Dtypes) -> Components:
     """The parts in a diffusers folder; raises ModelError naming the file that is missing, damaged or does not fit."""
-    modules = {part: empty_module(part, read_json(folder / part / "config.json")) for part in PARTS[family]}
-    for part, module in modules.items():
-        _load(module, folder / part, dtypes.of(part), _rename(part, module))
+    modules = {part: read_part(folder, part, dtypes.of(part)) for part in PARTS[family]}
     tokenizers = [part.replace("text_encoder", "tokenizer") for part in modules if part.startswith("text_encoder")]
     return Components(modules, {name: read_tokenizer(folder / name) for name in tokenizers})
+
+
+def read_part(folder: Path, part: str, dtype: torch.dtype) -> nn.Module:
+    """One part of a diffusers folder, on the CPU. Raises ModelError as `read_folder` does."""
+    module = empty_module(part, read_json(folder / part / "config.json"))
+    _load(module, folder / part, dtype, _rename(part, module))
+    return module
 
 
 def empty_module(part: str, config: Mapping[str, Any]) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from lora_diffusion.container import PICKLE_SUFFIXES, read_header
 from lora_diffusion.diffusion.schedule import Prediction
 from lora_diffusion.models.attention import AttentionKind, set_attention
 from lora_diffusion.models.base import DiffusionModel
-from lora_diffusion.models.components import Dtypes, read_folder, read_json
+from lora_diffusion.models.components import PARTS, Dtypes, read_folder, read_json, read_part
 from lora_diffusion.models.errors import ModelError
 from lora_diffusion.models.families import FAMILIES, NAMES, Evidence, family_of_checkpoint, family_of_config
 from lora_diffusion.models.quantise import QuantiseKind, check_quantise, quantise_linears
@@ -63,6 +64,7 @@ def load_model(
     if vae_dtype is None:
         is_half_on_gpu = torch.device(device).type == "cuda" and dtype in (torch.float16, torch.bfloat16)
         vae_dtype = torch.float16 if is_half_on_gpu else torch.float32
+    dtypes = Dtypes(dtype, vae_dtype)
     if source.is_dir():
         scheduler = read_json(source / "scheduler" / "scheduler_config.json")
         known = evidence_of_scheduler(scheduler)
@@ -70,11 +72,13 @@ def load_model(
         scheduler, known = checkpoint_schedule(source, found, configs)
     scheduler = resolve_scheduler(scheduler, known, prediction=prediction, zero_terminal_snr=zero_terminal_snr)
     if source.is_dir():
-        parts = read_folder(source, found, Dtypes(dtype, vae_dtype))
+        parts = read_folder(source, found, dtypes)
     else:
-        parts = read_checkpoint(source, found, scheduler["prediction_type"], Dtypes(dtype, vae_dtype), configs)
+        parts = read_checkpoint(source, found, scheduler["prediction_type"], dtypes, configs)
     components: dict[str, Any] = {**parts.modules, **parts.tokenizers}
     model = FAMILIES[found](**components, scheduler_config=scheduler, dtype=dtype)
+    if source.is_dir():
+        model.reloads = {part: partial(read_part, source, part, dtypes.of(part)) for part in PARTS[found][1:]}
     if prepare is not None:
         prepare(model)
     quantise_linears(model.unet, quantise, device)  # before the rest: `device` never sees the full weights together

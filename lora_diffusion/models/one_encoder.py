@@ -54,6 +54,7 @@ class OneEncoderModel(DiffusionModel):
         clip.check_clip_skip(self.text_encoder, clip_skip)
 
     def encode_text(self, captions: Sequence[str], *, clip_skip: int = 1, chunks: int | None = 1) -> Conditioning:
+        self.need("text_encoder")
         ids = clip.tokenize(self.tokenizer, captions, length=self.max_tokens, chunks=chunks)
         return Conditioning(clip.encode(self.text_encoder, ids, clip_skip))
 

@@ -86,6 +86,7 @@ class SDXL(DiffusionModel):
     def encode_text(self, captions: Sequence[str], *, clip_skip: int = 1, chunks: int | None = 1) -> Conditioning:
         """Both encoders' last layer but one, side by side; pooled is the second one's, of the first chunk."""
         self.check_clip_skip(clip_skip)
+        self.need("text_encoder", "text_encoder_2")
         ids = clip.tokenize(self.tokenizer, captions, length=self.max_tokens, chunks=chunks)
         ids_2 = clip.tokenize(self.tokenizer_2, captions, length=self.max_tokens, chunks=ids.shape[1])
         hidden = clip.encode_penultimate(self.text_encoder, ids)

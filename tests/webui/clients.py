@@ -2,8 +2,8 @@
 
     python -m tests.webui.clients URL FIRST NUMBER SECONDS
 
-connects clients FIRST … FIRST + NUMBER - 1, prints a line, waits for one, and prints what they saw as JSON. Many threads
-of one Python process would measure how they wait for each other.
+connects clients FIRST … FIRST + NUMBER - 1, prints a line, waits for one, and prints what they saw as JSON. Many
+threads of one Python process would measure how they wait for each other.
 """
 
 from __future__ import annotations
