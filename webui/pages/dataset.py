@@ -45,8 +45,9 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
     gr.HTML(
         str(
             html(
-                '<div id="dataset" data-words="{texts}"><p class="busy">…</p></div>',
+                '<div id="dataset" data-words="{texts}" data-train="{train}"><p class="busy">…</p></div>',
                 texts=json.dumps(texts, ensure_ascii=False),
+                train=t.href("/"),
             )
         ),
         elem_id="dataset-page",

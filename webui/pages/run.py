@@ -17,6 +17,7 @@ from lora_diffusion.jobs.release import release
 from lora_diffusion.runs import RunFolder
 from webui.components.chart import Line, render_chart, render_legend
 from webui.components.html import html, said
+from webui.components.listen import CLICKS
 from webui.components.live import live
 from webui.components.monitor import (
     render_comparison,
@@ -24,9 +25,11 @@ from webui.components.monitor import (
     render_head,
     render_log,
     render_matrix,
+    run_href,
 )
-from webui.pages.events import QUICK
+from webui.pages.events import GO, QUICK
 from webui.services.follow import Follower
+from webui.services.remedy import remedy_of
 from webui.services.site import Site
 from webui.translate import Translator
 
@@ -51,9 +54,10 @@ element.addEventListener('click', (event) => {
 
 @dataclass(frozen=True)
 class Layout:
-    """What is on the page. buttons: by name in `BUTTONS`."""
+    """What is on the page. goto: hidden, an address to open. buttons: by name in `BUTTONS`."""
 
     head: gr.HTML
+    goto: gr.Textbox
     buttons: dict[str, gr.Button]
     copy: gr.Button
     prompts: gr.Textbox
@@ -89,11 +93,15 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
         f"'{t.href('/')}?copy=' + encodeURIComponent(new URLSearchParams(location.search).get('id')))",
         api_visibility="private",
     )
+    page.head.select(handlers.start_remedy, None, [page.said, page.goto], **QUICK).then(
+        None, page.goto, None, js=GO, api_visibility="private"
+    )
     page.matrix.select(handlers.star, None, page.said, **QUICK)
 
 
 def _layout(t: Translator) -> Layout:
-    head = gr.HTML(elem_id="run-head", apply_default_css=False)
+    head = gr.HTML(elem_id="run-head", apply_default_css=False, js_on_load=CLICKS)
+    goto = gr.Textbox(visible="hidden", elem_id="run-goto", label="address")
     with gr.Row(elem_classes="buttons"):
         buttons = {name: _button(t, name) for name in BUTTONS}
         copy = gr.Button(t("run.copy"), elem_id="run-copy", visible=False, size="md")
@@ -120,7 +128,7 @@ def _layout(t: Translator) -> Layout:
             comparison = gr.HTML(elem_id="run-comparison", apply_default_css=False)
             files = gr.HTML(elem_id="run-files", apply_default_css=False)
             log = gr.HTML(elem_id="run-log", apply_default_css=False)
-    return Layout(head, buttons, copy, prompts, said, chart, is_log, smoothing, matrix, comparison, files, log)
+    return Layout(head, goto, buttons, copy, prompts, said, chart, is_log, smoothing, matrix, comparison, files, log)
 
 
 def _button(t: Translator, name: str) -> gr.Button:
@@ -141,10 +149,10 @@ class Handlers:
         site, t, job = self.site, self.t, self._job(request)
         if job is None:
             return [_missing(t), *[Markup("")] * 5]
-        follower = site.followers.of(job.run)
+        follower, remedy = site.followers.of(job.run), remedy_of(site.queue, job)
         with follower.lock:
             return [
-                render_head(t, job, site.run_id(job), time.time()),
+                render_head(t, job, site.run_id(job), time.time(), remedy.changes if remedy else None),
                 _chart(t, follower, bool(is_log), float(smoothing)),
                 *_pictures(site, t, follower),
                 render_files(t, site.run_id(job), follower.run.adapters(), follower.run.checkpoints()),
@@ -178,6 +186,18 @@ class Handlers:
             return said(self.t(f"run.{name}.done"))
 
         return ask
+
+    def start_remedy(self, request: gr.Request) -> tuple[str, str]:
+        """Put a run into the queue that needs less memory: what is said, and the address of its page."""
+        job = self._job(request)
+        remedy = remedy_of(self.site.queue, job) if job else None
+        if remedy is None:
+            return "", ""
+        try:
+            new = self.site.queue.add(remedy.toml)
+        except UserError as error:
+            return said(str(error), bad=True), ""
+        return said(self.t("train.started", name=new.name)), run_href(self.t, self.site.run_id(new))
 
     def star(self, request: gr.Request, event: gr.EventData) -> str:
         """Make a step's adapter the result."""

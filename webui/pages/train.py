@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from urllib.parse import urlencode
 
 import gradio as gr
 
@@ -13,8 +12,9 @@ from lora_diffusion.config_errors import ConfigError
 from lora_diffusion.errors import UserError
 from webui.components.form import Choices, render_form
 from webui.components.html import said
+from webui.components.monitor import run_href
 from webui.components.report import render_glances, render_problems, render_report, render_toml
-from webui.pages.events import QUICK
+from webui.pages.events import GO, QUICK
 from webui.services import goals, preflight
 from webui.services.form_values import (
     Fields,
@@ -23,12 +23,14 @@ from webui.services.form_values import (
     fields_from_toml,
     num_tables,
     toml_from_fields,
+    with_dataset,
 )
 from webui.services.glance import glance
 from webui.services.presets import FIRST, Preset, apply, presets
 from webui.services.site import Site
 from webui.translate import Translator
 
+REVEAL = "() => document.querySelector('#train-report').scrollIntoView({ block: 'nearest', behavior: 'smooth' })"
 COLLECT = "() => window.loraDiffusion.collect()"
 
 
@@ -65,7 +67,7 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
     page.form.select(handlers.choose, fields, parts, js=COLLECT, **QUICK)
     page.upload.upload(handlers.read, [page.pasted, page.upload], [*parts, page.said], **QUICK)
     page.load.click(handlers.read, [page.pasted, page.upload], [*parts, page.said], **QUICK)
-    page.look.click(lambda: str(render_report(t, None)), None, page.report, **QUICK).then(
+    page.look.click(lambda: str(render_report(t, None)), None, page.report, js=REVEAL, **QUICK).then(
         handlers.check,
         fields,
         [page.problems, page.report],
@@ -79,7 +81,7 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
         None,
         page.goto,
         None,
-        js="(address) => { if (address) window.location.assign(address); }",
+        js=GO,
         api_visibility="private",
     )
 
@@ -127,16 +129,18 @@ class Handlers:
 
     def first_form(self) -> str:
         """What a new visitor sees."""
-        first = self.shipped.get(FIRST) or next(iter(self.shipped.values()))
-        return self._form(first.fields, first.id)
+        return self._form(self._first().fields, self._first().id)
 
     def open_page(self, draft: str, request: gr.Request) -> object:
-        """The form of a run to copy, or of what was left unfinished; otherwise it stays as it was built."""
-        copied = self.site.find_run(str(request.query_params.get("copy", "")))
+        """The form of a run to copy, or of what was left unfinished, with the data set that the address names."""
+        asked = {key: str(request.query_params.get(key, "")) for key in ("copy", "dataset")}
+        copied = self.site.find_run(asked["copy"])
         try:
             now = fields_from_toml(self.site.queue.duplicate(copied.id))[0] if copied else fields_from_json(draft)[0]
         except UserError:
             now = {}
+        if asked["dataset"] in self.site.places.datasets():
+            now = with_dataset(now or self._first().fields, asked["dataset"])
         return self._form(now) if now else gr.skip()
 
     def edit(self, values: str) -> list[object]:
@@ -181,8 +185,10 @@ class Handlers:
             job = self.site.queue.add(text)
         except UserError as error:
             return [said(str(error), bad=True), ""]
-        address = f"{self.t.href('/run')}?{urlencode({'id': self.site.run_id(job)})}"
-        return [said(self.t("train.started", name=job.name)), address]
+        return [said(self.t("train.started", name=job.name)), run_href(self.t, self.site.run_id(job))]
+
+    def _first(self) -> Preset:
+        return self.shipped.get(FIRST) or next(iter(self.shipped.values()))
 
     def _all(self, now: Fields, preset: str = "") -> list[object]:
         return [self._form(now, preset), *self._rail(now)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +31,9 @@ KEPT = 200
 MAX_PICTURES = 64
 MAX_WAITING = 64
 """Drawings that are not finished. Beyond that people are told to wait, in place of a line that grows without end."""
+KEPT_SHEETS = 40
+"""So many sheets and merge previews keep their single pictures in pictures/cells/. The sheets themselves all stay."""
+_OF_A_SHEET = re.compile(r"\d{8}-\d{6}-\d+")
 
 
 class NoLongerWanted(Exception):
@@ -207,9 +212,16 @@ class Desk:
     def _folder(self, drawing: Drawing) -> Path:
         folder = self.workspace.pictures
         if drawing.kind in ("sheet", "trial"):  # cells stay out of the gallery
+            self._forget_old_cells(folder / "cells")
             folder = folder / "cells" / f"{time.strftime('%Y%m%d-%H%M%S')}-{drawing.id}"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+    def _forget_old_cells(self, folder: Path) -> None:
+        """Make room for one more sheet: `KEPT_SHEETS` stay. Folders of other names are not ours."""
+        ours = sorted(path for path in folder.glob("*") if _OF_A_SHEET.fullmatch(path.name) and not path.is_symlink())
+        for old in ours[: len(ours) - KEPT_SHEETS + 1]:
+            shutil.rmtree(old, ignore_errors=True)
 
     def _write_sheet(self, drawing: Drawing, pictures: Sequence[Path | None], folder: Path) -> Path | None:
         if drawing.sheet is None:

@@ -31,11 +31,12 @@ class Listing:
     family: gr.Dropdown
     kind: gr.Dropdown
     source: gr.Dropdown
+    tag: gr.Dropdown
     cards: gr.HTML
 
     def filters(self) -> list[Component]:
         """In the order of `matching`."""
-        return [self.search, self.family, self.kind, self.source]
+        return [self.search, self.family, self.kind, self.source, self.tag]
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,9 @@ def make_listing(t: Translator) -> Listing:
         family = _filter(t, "family", [(name, key) for key, name in FAMILY_NAMES.items()], 100)
         kind = _filter(t, "kind", [(kind, kind) for kind in KINDS], 90)
         source = _filter(t, "source", [(t(f"adapters.source.{it}"), it) for it in SOURCES], 100)
+        tag = _filter(t, "tag", [], 90)
     cards = gr.HTML(elem_id="adapters-cards", apply_default_css=False, js_on_load=CLICKS)
-    return Listing(chosen, search, family, kind, source, cards)
+    return Listing(chosen, search, family, kind, source, tag, cards)
 
 
 def make_inspector(t: Translator, known_bases: Sequence[Base]) -> Inspector:

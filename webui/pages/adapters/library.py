@@ -13,7 +13,7 @@ from webui.components.html import html, said
 from webui.components.library import SHOWN, render_cards, render_head, render_inspection
 from webui.pages.adapters.layout import Inspector, Listing
 from webui.pages.events import QUICK, TOOLS
-from webui.services.library import matching
+from webui.services.library import matching, tags_in
 from webui.services.prompt_tags import set_strength, stack_of
 from webui.services.site import Site
 from webui.services.thumbnails import picture_of
@@ -26,13 +26,14 @@ def connect(site: Site, t: Translator, demo: gr.Blocks, listing: Listing, inspec
     chosen, mix, change = listing.chosen, inspector.mix, inspector.change
     redraw: dict[str, Any] = {"fn": handlers.cards, "inputs": [*listing.filters(), chosen], "outputs": listing.cards}
     redraw |= QUICK
-    changes = [item.change for item in (listing.search, listing.family, listing.kind, listing.source)]
+    changes = [item.change for item in (listing.search, listing.family, listing.kind, listing.source, listing.tag)]
     gr.on([demo.load, *changes], trigger_mode="always_last", **redraw)
     listing.cards.select(handlers.act, [chosen, mix.text], [chosen, mix.text, inspector.tabs], **QUICK)
     parts = [inspector.head, inspector.inspection, *inspector.describe.texts(), change.name]
     chosen.change(handlers.chosen, chosen, parts, **QUICK).then(**redraw).then(
         handlers.inspection, chosen, inspector.inspection, **TOOLS
     )
+    demo.load(handlers.tags, None, listing.tag, **QUICK)
     demo.load(lambda: str(render_head(t, None)), None, inspector.head, **QUICK)
     return redraw
 
@@ -44,12 +45,18 @@ class Library:
     site: Site
     t: Translator
 
-    def cards(self, words: str, family: str, kind: str, source: str, id: str) -> str:
-        """Those that fit the filters."""
+    def cards(self, *values: str | None) -> str:
+        """Those that fit the filters. values: of `Listing.filters`, and the id of the chosen one."""
+        *filters, id = (value or "" for value in values)
         adapters = self.site.studio.library.adapters()
-        found = matching(adapters, words or "", family or "", kind or "", source or "")
+        found = matching(adapters, *filters)
         pictured = {it.id for it in found[:SHOWN] if it.facts.has_thumbnail or picture_of(self.site, it)}
         return str(render_cards(self.t, found, len(adapters), id, pictured))
+
+    def tags(self) -> gr.Dropdown:
+        """What the filter offers: the tags that there are."""
+        tags = tags_in(self.site.studio.library.adapters())
+        return gr.Dropdown(choices=[(self.t("adapters.tag"), ""), *((tag, tag) for tag in tags)])
 
     def act(self, id: str, mixed: str, event: gr.EventData) -> tuple[object, ...]:
         """A card was clicked: chosen, or put into the mix."""

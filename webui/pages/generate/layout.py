@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from dataclasses import fields as fields_of
 
@@ -125,6 +125,11 @@ def size_choices(t: Translator, base: Base) -> list[tuple[str, str]]:
     return [*((f"{w} × {h}", f"{w}x{h}") for w, h in base.sizes), (t("generate.size.own"), "")]
 
 
+def add_choices(t: Translator, names: Iterable[str]) -> list[tuple[str, str]]:
+    """Adapters to add, after an entry that says what the list is for and adds none."""
+    return [(t("generate.add"), ""), *((name, name) for name in names)]
+
+
 def make_results(t: Translator) -> Results:
     """In the order in which they are seen."""
     status = gr.HTML(elem_id="generate-status", apply_default_css=False, js_on_load=CLICKS)
@@ -147,12 +152,11 @@ def _stack(t: Translator) -> tuple[gr.HTML, gr.Dropdown]:
     with gr.Group(elem_classes="adapter-stack"):
         stack = gr.HTML(elem_id="generate-stack", apply_default_css=False, js_on_load=STACK)
         add = gr.Dropdown(
-            [],
-            value=None,
+            add_choices(t, ()),
+            value="",
             show_label=False,
             label=t("generate.add"),
-            info=t("generate.add"),
-            filterable=True,
+            container=False,
             elem_id="generate-add",
         )
     return stack, add

@@ -14,7 +14,7 @@ from lora_diffusion.generation.request import Request
 from lora_diffusion.generation.samplers import SAMPLERS
 from webui.components.html import said
 from webui.pages.events import QUICK
-from webui.pages.generate.layout import Controls, Fields, Results
+from webui.pages.generate.layout import Controls, Fields, Results, add_choices
 from webui.pages.generate.ordering import Orders
 from webui.pages.generate.prompt import show_stack
 from webui.services.drawing_form import FIRST_PROMPT, DrawingForm
@@ -120,7 +120,8 @@ class Opening:
         """With the adapter of the address, or else the settings of the newest picture. Last: what can be added."""
         studio = self.site.studio
         adapters = studio.library.adapters()
-        choices = gr.Dropdown(choices=[adapter.name for adapter in adapters if not adapter.facts.error], value=None)
+        names = [adapter.name for adapter in adapters if not adapter.facts.error]
+        choices = gr.Dropdown(choices=add_choices(self.t, names), value="")
         wanted = request.query_params.get("adapter")
         adapter = next((it for it in adapters if it.id == wanted), None)
         newest = next((it for it in studio.gallery.newest(8) if it.parameters), None)

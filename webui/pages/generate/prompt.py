@@ -24,7 +24,7 @@ def connect(site: Site, t: Translator, controls: Controls) -> None:
             return gr.skip(), gr.skip(), gr.skip()
         if all(item.name != name for item in stack_of(text)):
             text = set_strength(text, name, 1.0)
-        return text, show_stack(site, t, text), None
+        return text, show_stack(site, t, text), ""
 
     def choose_base(id: str) -> tuple[object, ...]:
         try:
