@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 CANARY = "canary-3f9a"
@@ -42,3 +44,13 @@ def probes(secret: Path, name: str) -> list[str]:
         f"..\u2215{name}",
         f"\uff0e\uff0e/{name}",
     ]
+
+
+def walk(routes: Sequence[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(path, route) of an app, with those of the apps and routers in it."""
+    for route in routes:
+        inner = getattr(route, "original_router", None) or (None if hasattr(route, "endpoint") else route.app)
+        if inner is None:
+            yield prefix + route.path, route
+        else:
+            yield from walk(inner.routes, prefix + getattr(route, "path", "").rstrip("/"))

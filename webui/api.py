@@ -6,8 +6,8 @@ The events of the pages are private to the browser, as their arguments are whate
 from __future__ import annotations
 
 import gradio as gr
+from gradio.events import api
 
-from lora_diffusion import __version__
 from lora_diffusion.config import TrainConfig
 from lora_diffusion.errors import UserError
 from lora_diffusion.jobs.condition import ACTIVE
@@ -26,7 +26,6 @@ def add_api(site: Site) -> None:
         jobs, unfinished = site.queue.jobs(), site.studio.desk.unfinished()
         newest = next(iter(site.studio.desk.drawings()), None)
         return {
-            "version": __version__,
             "queued": sum(job.status == "queued" for job in jobs),
             "active": sum(job.status in ACTIVE for job in jobs),
             "drawings": len(unfinished),
@@ -74,9 +73,7 @@ def add_api(site: Site) -> None:
         return _drawing(site, found)
 
     for function in (status, list_runs, queue_run, stop_run, draw, drawing):
-        gr.api(  # pyright: ignore[reportPrivateImportUsage]  # public, though gradio's stubs do not say so
-            function, api_name=function.__name__, queue=False, concurrency_limit=None
-        )
+        api(function, api_name=function.__name__, queue=False, concurrency_limit=None)
 
 
 def _run(site: Site, job: Job) -> dict[str, object]:

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from lora_diffusion.jobs.condition import ACTIVE
 from webui.api import add_api
+from webui.blocks import Pages
 from webui.components.live import live
 from webui.components.strip import render_navigation, render_strip
 from webui.pages import dataset, run, runs, train
@@ -48,7 +49,7 @@ PAGES = (
 def build(site: Site, language: str) -> gr.Blocks:
     """All pages in one language."""
     t = Translator(language)
-    with gr.Blocks(title="lora_diffusion", analytics_enabled=False, fill_width=True) as demo:
+    with Pages(title="lora_diffusion", analytics_enabled=False, fill_width=True) as demo:
         _fill(PAGES[0], site, t, demo)
         if language == "en":  # programs have one address, whatever people read
             add_api(site)

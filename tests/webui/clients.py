@@ -93,7 +93,7 @@ class Program:
         elif self.runs:
             self.call("stop_run", self.runs[0])
 
-    def call(self, name: str, *values: object, **named: object) -> Any:
+    def call(self, name: str, *values: Any, **named: Any) -> Any:
         return self.seen.timed(name, lambda: self.client.predict(*values, **named, api_name=f"/{name}"))
 
     def page(self) -> None:

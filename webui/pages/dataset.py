@@ -35,7 +35,7 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
             return answers[str(question["do"])](question)
         except UserError as error:
             return {"error": str(error)}
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, AttributeError):
             logger.exception("a question of the data set page")
             return {"error": "The page asked for something that there is not. Reload it."}
         except OSError as error:
