@@ -37,7 +37,6 @@ from benchmarks.pictures import write_pictures
 from benchmarks.trainers import Task, Trainer, diffusers_script, own, sd_scripts
 from benchmarks.training_chart import draw_chart, table
 
-NUM_PICTURES = 24
 PEERS = {"diffusers": "ours, attention", "sd-scripts": "ours, attention-mlp"}
 """Which of our measurements trains the same layers as the other trainer."""
 
@@ -142,6 +141,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, nargs=2, default=(2, 50), metavar=("FEW", "MANY"))
+    parser.add_argument("--pictures", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path(".cache/benchmarks"), help="where bases and pictures are put")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -156,7 +156,7 @@ def main() -> None:
     size = options.size or SIZES[options.base]
     work = options.work.resolve()
     base = write_base(options.base, work / f"base-{options.base}")
-    pictures = write_pictures(work / f"pictures-{size}", NUM_PICTURES, size)
+    pictures = write_pictures(work / f"pictures-{options.pictures}-{size}", options.pictures, size)
     trainers = [own("attention")]
     if options.diffusers:
         trainers.append(diffusers_script(options.diffusers, options.diffusers_python))
@@ -175,6 +175,7 @@ def main() -> None:
         "precision": options.precision,
         "batch_size": options.batch_size,
         "steps": options.steps,
+        "pictures": options.pictures,
         "rounds": options.rounds,
         "trainers": records,
         "ratios": ratios(records),
