@@ -9,6 +9,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 from lora_diffusion.config import TrainConfig
@@ -58,9 +59,9 @@ def parse_variation(text: str) -> Variation:
 
     Raises UserError for anything else, for a value that comes twice, and for keys that each member gets of its own.
     """
-    key, equals, raw = (part.strip() for part in text.partition("="))
+    key, _, raw = (part.strip() for part in text.partition("="))
     values = tuple(_values(raw)) if raw else ()
-    if not equals or not re.fullmatch(r"\w+(\.\w+)+", key) or not all(values):
+    if not values or not re.fullmatch(r"\w+(\.\w+)+", key) or not all(values):
         raise UserError(f"--vary {text}: write a setting and its values, as in --vary optimizer.lr=1e-4,3e-4.")
     if key in ("run.name", "run.output"):
         raise UserError(f"--vary {text}: each run of a sweep gets its own name and folder from what varies.")
@@ -85,15 +86,17 @@ def grid(config: Path, overrides: Sequence[str], variations: Sequence[Variation]
     for cell in cells:
         chosen = list(zip(variations, cell, strict=True))
         labels = [variation.label(value) for variation, value in chosen]
-        values = [*overrides, *(f"{variation.key}={value}" for variation, value in chosen)]
+        varied = [f"{variation.key}={value}" for variation, value in chosen]
         try:
-            run = TrainConfig.load(config, values).run
+            run = TrainConfig.load(config, [*overrides, *varied]).run
             addition = "-".join(["", *map(_name_part, labels)])
             output = run.output.with_name(run.output.name + addition)
             own = [f"run.name={_toml(run.name + addition)}", f"run.output={_toml(output.as_posix())}"]
-            members.append(Member(", ".join(labels), TrainConfig.load(config, [*values, *own])))
+            members.append(Member(", ".join(labels), TrainConfig.load(config, [*overrides, *varied, *own])))
         except ConfigError as error:
-            errors[", ".join(labels)] = str(error)
+            # The config knows no other options; what is typed here is called --vary.
+            told = reduce(lambda text, one: text.replace(f"--set {one}", f"--vary {one}"), varied, str(error))
+            errors[", ".join(labels)] = told
     _raise_all(errors, len(cells))
     return members
 
