@@ -63,14 +63,18 @@ class JointTrainer:
 
     def fit(self) -> None:
         """Train every member to its last step, or until it or all are asked to stop."""
-        self._active = dict(enumerate(self.members))
+        self.begin()
         with self.stop.listen():
-            for number, trainer in list(self._active.items()):
-                self._alone(number, trainer.begin)
             while self._active:
                 self._let_go()
                 if self._active:
-                    self._step()
+                    self.train_step()
+
+    def begin(self) -> None:
+        """What comes before the first step, for every member."""
+        self._active = dict(enumerate(self.members))
+        for number, trainer in self._now():
+            self._alone(number, trainer.begin)
 
     def _alone(self, number: int, action: Callable[[], T]) -> T | None:
         """Do one member's own work: the model then holds its adapter alone, and an error ends this member only."""
@@ -84,13 +88,13 @@ class JointTrainer:
 
     def _let_go(self) -> None:
         """Members that are over leave."""
-        for number, trainer in list(self._active.items()):
+        for number, trainer in self._now():
             trainer.stop.reason = trainer.stop.reason or self.stop.reason
             if trainer.is_over():
                 self._alone(number, lambda n=number, t=trainer: self.on_end(n, t.finish()))
                 self._active.pop(number, None)
 
-    def _step(self) -> None:
+    def train_step(self) -> None:
         """One optimiser step of every member. Those with more micro-batches go on when the others have theirs."""
         started = time.perf_counter()
         drawn = {number: self._alone(number, trainer.next_micro_batches) for number, trainer in self._now()}

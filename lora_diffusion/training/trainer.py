@@ -92,9 +92,7 @@ class Trainer:
         self.begin()
         with self.stop.listen(), self._console.open(self.step):
             while not self.is_over():
-                started = time.perf_counter()
-                micro_batches = self.next_micro_batches()
-                self.end_step(self._losses_of(micro_batches), micro_batches, started)
+                self.train_step()
         return self.finish()
 
     def begin(self) -> None:
@@ -114,6 +112,12 @@ class Trainer:
         return self.step >= self.plan.steps or self._should_stop()
 
     # One step
+
+    def train_step(self) -> None:
+        """One optimiser step, and what is due after it."""
+        started = time.perf_counter()
+        micro_batches = self.next_micro_batches()
+        self.end_step(self._losses_of(micro_batches), micro_batches, started)
 
     def next_micro_batches(self) -> list[Batch]:
         """Those of the next optimiser step, on the device, in the order of their backward passes."""
