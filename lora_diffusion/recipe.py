@@ -33,7 +33,14 @@ from lora_diffusion.recipe_adapters import (
     merge_into_base,
     parameter_groups,
 )
-from lora_diffusion.recipe_data import TrainingSet, caption_options, fill_caches, read_training_set, token_counts
+from lora_diffusion.recipe_data import (
+    Caches,
+    TrainingSet,
+    caption_options,
+    fill_caches,
+    read_training_set,
+    token_counts,
+)
 from lora_diffusion.runs import RunFolder
 from lora_diffusion.training.batches import BatchSource, DrawOptions, Share, SourceOptions
 from lora_diffusion.training.export import Exporter
@@ -56,11 +63,25 @@ def build(
     """Everything a run needs, ready to `fit()`. Raises UserError before any training when an input is wrong."""
     dtype = resolve_precision(config.run.precision, accelerator.device)
     model = load_base(config, dtype, accelerator.device)
+    return build_on(model, Caches(model), config, run, accelerator, resume=resume, track=track)
+
+
+def build_on(
+    model: DiffusionModel,
+    caches: Caches,
+    config: TrainConfig,
+    run: RunFolder,
+    accelerator: Accelerator,
+    *,
+    resume: bool,
+    track: Track = silent,
+) -> Trainer:
+    """`build` on a base that is loaded already and has no adapters in it."""
     previewer = make_previewer(config, run, model)
     data = read_training_set(config, model, accelerator.num_processes, track)
     run_steps(config, data)
     with accelerator.main_process_first():  # one process fills the caches, the others find them filled
-        latents, text = fill_caches(config, model, data, track)
+        latents, text = fill_caches(config, caches, data, track)
     release_unused(config, model)
     if accelerator.device.type == "cpu" and has_fast_bf16():
         pack_convolutions(model.unet)

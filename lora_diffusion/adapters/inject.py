@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from lora_diffusion.adapters.base import Adapter, changed_weight
 from lora_diffusion.adapters.frozen import Layer, Quantised
+from lora_diffusion.adapters.joint import JointAdapters, JointLayout
 from lora_diffusion.adapters.stack import AdapterStack
 from lora_diffusion.errors import UserError
 
-Wrapper = TypeVar("Wrapper", Adapter, AdapterStack)
+Wrapper = TypeVar("Wrapper", Adapter, AdapterStack, JointAdapters)
 
 _ATTENTION = (
     r"\.attn[12]\.to_(q|k|v|out\.0)$",  # UNet
@@ -83,6 +84,17 @@ def eject(root: nn.Module, adapters: Mapping[str, Adapter] | Mapping[str, Adapte
         root.set_submodule(path, adapter.base)
 
 
+def join(root: nn.Module, trainings: Sequence[Mapping[str, Adapter]], layout: JointLayout) -> dict[str, JointAdapters]:
+    """Put the adapters of several trainings, by path and ejected, around their layers together."""
+    layers = {path: adapter.base for adapters in trainings for path, adapter in adapters.items()}
+
+    def make(path: str, layer: Layer) -> JointAdapters:
+        own = {number: adapters[path] for number, adapters in enumerate(trainings) if path in adapters}
+        return JointAdapters(layer, layout, own)
+
+    return inject(root, layers, make)
+
+
 @torch.no_grad()
 def merge(root: nn.Module, adapters: Mapping[str, Adapter]) -> None:
     """Write W + strength · delta into the layers, then eject.
@@ -141,7 +153,7 @@ def _free_layers(root: nn.Module, prefix: str = "") -> dict[str, Layer]:
         path = f"{prefix}{name}"
         if isinstance(module, nn.Linear | nn.Conv2d):
             layers[path] = module
-        elif not isinstance(module, Adapter | AdapterStack):
+        elif not isinstance(module, Adapter | AdapterStack | JointAdapters):
             layers |= _free_layers(module, f"{path}.")
     return layers
 
