@@ -19,7 +19,16 @@ from lora_diffusion.generation.request import Request, take_out_tags
 from lora_diffusion.workspace import Workspace
 from webui.services.adapter_edit import Description, copy_to_library, edit
 from webui.services.drawing_form import DrawingForm
-from webui.services.drawings import KEPT_SHEETS, Desk, Drawing, NoLongerWanted, Progress, Report, Stopped
+from webui.services.drawings import (
+    KEPT_SHEETS,
+    MAX_WAITING,
+    Desk,
+    Drawing,
+    NoLongerWanted,
+    Progress,
+    Report,
+    Stopped,
+)
 from webui.services.file_tools import ToolError, checked_name
 from webui.services.gallery import Gallery
 from webui.services.library import Library, matching, tags_in
@@ -291,6 +300,20 @@ def test_the_cells_of_the_newest_sheets_are_kept_and_no_other_folder_is_touched(
     assert (cells / "mine" / "a.png").is_file() and (cells / "20190101-000000-1").is_symlink()
     newest = _now(desk, drawing).pictures[0]
     assert newest is not None and newest.is_file()
+
+
+def test_the_line_is_bounded_and_says_so(places: Places) -> None:
+    desk = Desk(places.workspace, StubEngine())
+    for seed in range(MAX_WAITING):
+        desk.add("pictures", "base", [Request("a", seed=seed)] * 2)
+
+    with pytest.raises(UserError, match="Busy: 64 drawings"):
+        desk.add("pictures", "base", [Request("a", seed=1)])
+    assert len(desk.unfinished()) == MAX_WAITING
+    desk.cancel()
+    until(lambda: not desk.unfinished())
+    assert desk.add("pictures", "base", [Request("a", seed=1)])
+    desk.cancel()
 
 
 def test_the_gallery_shows_its_folder_only(places: Places) -> None:
