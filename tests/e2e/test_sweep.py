@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -177,7 +178,10 @@ def test_a_loss_that_is_not_finite_ends_its_member_only(
     assert_each_as_alone(members[::2], tmp_path)
 
 
-def test_each_member_is_a_run_like_any_other_and_the_sweep_compares_them(tiny_sd1: Path, tmp_path: Path) -> None:
+def test_each_member_is_a_run_like_any_other_and_the_sweep_compares_them(
+    tiny_sd1: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="lora_diffusion")
     preview = {"prompts": ["a red cat", "a blue cat"], "steps": 1, "cfg": 1.0}
     run, schedule = {"steps": 2, "save_every": 1}, {"warmup_steps": 0}
     config = make_config(tmp_path, tiny_sd1, preview=preview, run=run, schedule=schedule)
@@ -195,7 +199,10 @@ def test_each_member_is_a_run_like_any_other_and_the_sweep_compares_them(tiny_sd
         assert len(list(run.previews.glob("*.png"))) == 4
         assert run.adapter(member.name, 1).exists() and run.adapter(member.name).exists()
         assert {"contact-sheet.png", "loss.png", "README.md", "dataset.json"} <= {p.name for p in run.path.iterdir()}
-        assert "step 2/2" in run.log.read_text(encoding="utf-8")
+        log = run.log.read_text(encoding="utf-8")
+        assert "step 2/2" in log
+        assert f"{member.name}.safetensors" in log
+        assert not any(f"{other.name}.safetensors" in log for other in members if other is not member)
     pictures = [RunFolder(member.config.run.output).preview(2, 0).read_bytes() for member in members]
     assert pictures[0] != pictures[1], "each member draws with its own adapter"
     sheet = Image.open(tmp_path / "sweep" / "contact-sheet.png")
@@ -243,7 +250,7 @@ def test_running_out_of_memory_is_told_to_every_member_and_with_what_to_do(
     for member in members:
         state = RunFolder(member.config.run.output).read_state()
         assert state.status == "failed" and "Out of memory" in state.error.message
-        assert "MemoryError" in RunFolder(member.config.run.output).log.read_text(encoding="utf-8")
+        assert "RunError: Out of memory" in RunFolder(member.config.run.output).log.read_text(encoding="utf-8")
 
 
 def test_several_processes_are_refused(tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
