@@ -105,14 +105,28 @@ def merge(root: nn.Module, adapters: Mapping[str, Adapter]) -> None:
     eject(root, adapters)
     for path, adapter in adapters.items():
         if isinstance(adapter.base, Quantised):
-            adapter.base = _plain_linear(adapter.base, adapter.base.dequantised_weight())
+            adapter.base = _plain_layer(adapter.base, adapter.base.dequantised_weight())
             root.set_submodule(path, adapter.base)
         adapter.base.weight.copy_(changed_weight(adapter))
 
 
-def _plain_linear(layer: Layer, weight: Tensor) -> nn.Linear:
-    """A frozen Linear with `weight` and the bias of `layer`."""
-    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+def _plain_layer(layer: Layer, weight: Tensor) -> Layer:
+    """A frozen Linear or Conv2d with `weight`, and the rest as in `layer`."""
+    if isinstance(layer, nn.Linear):
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    else:
+        plain = nn.Conv2d(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,  # pyright: ignore[reportArgumentType]  # declared wider than it is
+            layer.stride,  # pyright: ignore[reportArgumentType]
+            layer.padding,  # pyright: ignore[reportArgumentType]
+            layer.dilation,  # pyright: ignore[reportArgumentType]
+            layer.groups,
+            bias=False,
+            padding_mode=layer.padding_mode,
+            device="meta",
+        )
     plain.weight = nn.Parameter(weight, requires_grad=False)
     bias = layer.bias
     plain.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))

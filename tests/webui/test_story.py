@@ -15,7 +15,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from PIL import Image, ImageChops, ImageStat
 from lora_diffusion.jobs.queue import Queue
 from lora_diffusion.runs import RunFolder, RunState
 from lora_diffusion.workspace import Workspace
-from tests.webui.conftest import wait_for
+from tests.webui.conftest import Pages, wait_for
 
 expect = pytest.importorskip("playwright.sync_api").expect
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
@@ -89,27 +89,42 @@ def _end_all(workspace: Workspace) -> None:
             process.send_signal(signal.SIGKILL)
 
 
-@pytest.fixture()
-def keep(tmp_path: Path) -> Callable[[Any, str], None]:
-    """Saves what the page shows, in the folder of `SCREENSHOTS`."""
-    folder = Path(os.environ.get("SCREENSHOTS", tmp_path / "screenshots")).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
+class Keep:
+    """Saves what a page shows."""
 
-    def keep_one(page: Any, name: str) -> None:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, page: Any, name: str) -> Path:
         page.wait_for_timeout(400)  # pictures fade in
-        page.screenshot(path=folder / f"{name}.png")
+        path = self.folder / f"{name}.png"
+        page.screenshot(path=path)
+        return path
 
-    return keep_one
+    def side_by_side(self, paths: list[Path], name: str) -> None:
+        """One picture in place of these."""
+        images = [Image.open(path).convert("RGB") for path in paths]
+        sheet = Image.new("RGB", (sum(image.width for image in images), images[0].height))
+        for index, image in enumerate(images):
+            sheet.paste(image, (index * image.width, 0))
+        sheet.reduce(2).save(self.folder / f"{name}.png")
+        for path in paths:
+            path.unlink()
 
 
-def test_from_pictures_to_a_merged_adapter(
-    server: Server, open_page: Callable[..., Any], keep: Callable[[Any, str], None]
-) -> None:
+@pytest.fixture()
+def keep(tmp_path: Path) -> Keep:
+    return Keep(Path(os.environ.get("SCREENSHOTS", tmp_path / "screenshots")).absolute())
+
+
+def test_from_pictures_to_a_merged_adapter(server: Server, open_page: Pages, keep: Keep) -> None:
     page = open_page(server.url)
     start_ink(page, keep)
     run = RunFolder(server.root / "runs" / "my-ink")
     watch_and_reload(page)
     restart_while_it_trains(page, server, run)
+    open_page.forgive_lost_connections()
     finish(page, server, run, keep)
     off, half, full = compare_strengths(page, server, keep)
     assert colour(full) < 0.5 * colour(off)  # ink is black on white
@@ -120,7 +135,7 @@ def test_from_pictures_to_a_merged_adapter(
     phones_and_darkness(open_page, server, keep)
 
 
-def start_ink(page: Any, keep: Callable[[Any, str], None]) -> None:
+def start_ink(page: Any, keep: Keep) -> None:
     """Choose the ink pictures and the base that ship, look, and start."""
     page.locator("#train-start").wait_for(timeout=WAIT_MS)
     values = {
@@ -158,20 +173,20 @@ def watch_and_reload(page: Any) -> None:
 
 
 def restart_while_it_trains(page: Any, server: Server, run: RunFolder) -> None:
-    """The run does not notice that the server was killed; the page finds it again."""
+    """The run does not notice that the server was killed; the open page finds it again without being told to."""
     before = state_of(run)
     assert before.status == "running"
     server.kill()
     wait_for(lambda: state_of(run).step > before.step, 120)
-    with page.expect_response(lambda response: response.ok, timeout=WAIT_MS):
-        server.start()
-        page.reload()
+    server.start()
     now = state_of(run)
     assert now.pid == before.pid and now.status == "running"
-    expect(page.locator("#run-head")).to_contain_text("training", timeout=WAIT_MS)
+    samples = page.locator("#run-samples img")
+    wait_for(lambda: samples.count() >= 6, TRAIN_S)  # a preview that was drawn after the restart
+    expect(page.locator("#run-head")).to_contain_text("training")
 
 
-def finish(page: Any, server: Server, run: RunFolder, keep: Callable[[Any, str], None]) -> None:
+def finish(page: Any, server: Server, run: RunFolder, keep: Keep) -> None:
     expect(page.locator("#run-head")).to_contain_text("finished", timeout=TRAIN_S * 1000)
     expect(page.locator("#run-samples img")).to_have_count(10, timeout=WAIT_MS)  # two prompts at 0, 40, …, 160
     state = state_of(run)
@@ -180,7 +195,7 @@ def finish(page: Any, server: Server, run: RunFolder, keep: Callable[[Any, str],
     keep(page, "run")
 
 
-def compare_strengths(page: Any, server: Server, keep: Callable[[Any, str], None]) -> list[Image.Image]:
+def compare_strengths(page: Any, server: Server, keep: Keep) -> list[Image.Image]:
     """Open the result in Generate and draw one seed at strength 0, 0.5 and 1."""
     page.goto(f"{server.url}/adapters")
     page.locator('.lora:has([data-name="my-ink"])').first.click(timeout=WAIT_MS)
@@ -198,7 +213,7 @@ def compare_strengths(page: Any, server: Server, keep: Callable[[Any, str], None
     return [picture_at(page, server, cells.nth(index).get_attribute("src")) for index in range(3)]
 
 
-def merge_with_neon(page: Any, server: Server, keep: Callable[[Any, str], None]) -> None:
+def merge_with_neon(page: Any, server: Server, keep: Keep) -> None:
     page.goto(f"{server.url}/adapters")
     for name in ("my-ink", "neon"):
         page.locator(f'.lora:has([data-name="{name}"]) .add').first.click(timeout=WAIT_MS)
@@ -212,7 +227,7 @@ def merge_with_neon(page: Any, server: Server, keep: Callable[[Any, str], None])
     assert (server.root / "adapters" / "ink-and-neon.safetensors").is_file()
 
 
-def draw_with_the_merged_file(page: Any, server: Server, keep: Callable[[Any, str], None]) -> Image.Image:
+def draw_with_the_merged_file(page: Any, server: Server, keep: Keep) -> Image.Image:
     page.goto(f"{server.url}/generate?adapter=adapters/ink-and-neon.safetensors")
     expect(page.locator("#generate-stack output")).to_have_text("1", timeout=WAIT_MS)
     page.locator("#generate-prompt textarea").fill(f"{PROMPT} <lora:ink-and-neon:1>")
@@ -225,7 +240,7 @@ def draw_with_the_merged_file(page: Any, server: Server, keep: Callable[[Any, st
     return picture_at(page, server, shot.get_attribute("src"))
 
 
-def phones_and_darkness(open_page: Callable[..., Any], server: Server, keep: Callable[[Any, str], None]) -> None:
+def phones_and_darkness(open_page: Pages, server: Server, keep: Keep) -> None:
     """Every page with what the afternoon left behind, on a phone and a desktop, light and dark."""
     pages = {
         "train": ("/", "#train-start"),
@@ -237,11 +252,13 @@ def phones_and_darkness(open_page: Callable[..., Any], server: Server, keep: Cal
     }
     for (width, height), scheme in product(((390, 844), (1280, 900)), ("light", "dark")):
         page = open_page(server.url, width=width, height=height, color_scheme=scheme)
+        shown: list[Path] = []
         for name, (path, ready) in pages.items():
             page.goto(server.url + path)
             page.locator(ready).first.wait_for(timeout=WAIT_MS)
             assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{name} is wider than a screen"
-            keep(page, f"{name}-{'phone' if width < 600 else 'desktop'}-{scheme}")
+            shown.append(keep(page, f"{'phone' if width < 600 else 'desktop'}-{scheme}-{name}"))
+        keep.side_by_side(shown, f"{'phone' if width < 600 else 'desktop'}-{scheme}")
 
 
 def state_of(run: RunFolder) -> RunState:
