@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -109,6 +110,7 @@ def measure(trainers: list[Trainer], layout: JointLayout, rounds: int) -> dict[s
         for name, work in (("apart", lambda: _apart(trainers, layout)), ("together", together.train_step)):
             row |= {f"{name}_{clock}": seconds for clock, seconds in _timed(work)}
         rows.append(row)
+        print(json.dumps(row), file=sys.stderr, flush=True)
     medians = {key: statistics.median(row[key] for row in rows[1:]) for key in rows[0]}
     ratios = {
         f"ratio_{clock}": statistics.median(row[f"together_{clock}"] / row[f"apart_{clock}"] for row in rows[1:])

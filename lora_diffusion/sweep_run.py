@@ -67,6 +67,8 @@ def run_sweep(members: Sequence[Member], folder: Path, *, resume: bool) -> None:
     start anew. Raises UserError before anything is trained if a member cannot be; RunError at the end if some failed.
     """
     check_together(members)
+    if make_accelerator(members[0].config).num_processes > 1:
+        raise UserError("A sweep trains in one process, and several were started. Use lora-diffusion sweep by itself.")
     runs = _wanted(members, resume=resume)
     with ExitStack() as locks, _named_on_terminal():
         for run in runs:
@@ -88,7 +90,8 @@ def _wanted(members: Sequence[Member], *, resume: bool) -> list[_Run]:
     for member in members:
         folder = RunFolder(member.config.run.output)
         state = folder.read_state() if resume else None
-        if state is not None and state.status == "finished":
+        is_longer = state is not None and (member.config.run.steps or 0) > state.step
+        if state is not None and state.status == "finished" and not is_longer:
             logger.info("%s: finished already.", member.name)
         else:
             runs.append(_Run(member, folder, resumes=state is not None and folder.has_checkpoint))
@@ -121,6 +124,9 @@ def _train(runs: Sequence[_Run]) -> None:
     except BaseException as error:  # of the whole sweep: every member that is left says so
         for run in left.values():
             run.close(error)
+        told = next((run.error for run in left.values() if run.error is not error), None)
+        if told is not None:  # out of memory, said so that one can act on it
+            raise RunError(f"{told} Or put fewer runs into the sweep.") from error
         raise
 
 
@@ -128,8 +134,6 @@ def _build(runs: Sequence[_Run], layout: JointLayout) -> list[Trainer]:
     """A trainer for each member on one base, with the adapters of all around its layers."""
     config = runs[0].member.config
     accelerators = [make_accelerator(run.member.config) for run in runs]  # each with a loss scaler of its own
-    if accelerators[0].num_processes > 1:
-        raise UserError("A sweep trains in one process; several were started. Start it without accelerate launch.")
     device = accelerators[0].device
     model = load_base(config, resolve_precision(config.run.precision, device), device)
     caches = Caches(model)

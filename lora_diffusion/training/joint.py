@@ -106,8 +106,11 @@ class JointTrainer:
             for group in _of_equal_shapes(shares):
                 for share, loss in zip(group, self._backward(group, index), strict=True):
                     totals[share.number] += loss
+        made = {n: self._alone(n, lambda t=t, n=n: t.update(totals[n], batches[n])) for n, t in self._now()}
+        seconds = time.perf_counter() - started
         for number, trainer in self._now():
-            self._alone(number, lambda t=trainer, n=number: t.end_step(totals[n], batches[n], started))
+            if values := made[number]:
+                self._alone(number, lambda t=trainer, values=values: t.end_step(values, seconds))
 
     def _now(self) -> list[tuple[int, Trainer]]:
         return list(self._active.items())

@@ -117,7 +117,8 @@ class Trainer:
         """One optimiser step, and what is due after it."""
         started = time.perf_counter()
         micro_batches = self.next_micro_batches()
-        self.end_step(self._losses_of(micro_batches), micro_batches, started)
+        values = self.update(self._losses_of(micro_batches), micro_batches)
+        self.end_step(values, time.perf_counter() - started)
 
     def next_micro_batches(self) -> list[Batch]:
         """Those of the next optimiser step, on the device, in the order of their backward passes."""
@@ -146,17 +147,11 @@ class Trainer:
         scaler = self.accelerator.scaler
         return loss if scaler is None else scaler.scale(loss)
 
-    def end_step(self, total: Tensor, micro_batches: Sequence[Batch], started: float) -> None:
-        """The update from gradients that are there, and all that is done between steps.
+    def update(self, total: Tensor, micro_batches: Sequence[Batch]) -> dict[str, float]:
+        """Clip the gradients that are there, and step; returns what metrics.jsonl records.
 
-        total: the loss, summed over the micro-batches. started: `time.perf_counter()` at the start of the step.
+        total: the loss, summed over the micro-batches.
         """
-        values = self._update(total, micro_batches)
-        self._measure_speed(time.perf_counter() - started)
-        self._after_step(values)
-
-    def _update(self, total: Tensor, micro_batches: Sequence[Batch]) -> dict[str, float]:
-        """Clip and step; returns what metrics.jsonl records."""
         set_learning_rate(self.optimizer, self.learning_rate_curve(self.step), self.step)
         loss = float(self.accelerator.reduce(total, "mean"))  # pyright: ignore[reportArgumentType]
         self._check_finite(loss, "loss", micro_batches)
@@ -212,6 +207,11 @@ class Trainer:
         )
 
     # Between steps
+
+    def end_step(self, values: dict[str, float], seconds: float) -> None:
+        """What is due after an update. values: what it returned. seconds: what the step took."""
+        self._measure_speed(seconds)
+        self._after_step(values)
 
     def _after_step(self, values: dict[str, float]) -> None:
         plan = self.plan

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
@@ -176,7 +178,10 @@ def test_a_loss_that_is_not_finite_ends_its_member_only(
     assert_each_as_alone(members[::2], tmp_path)
 
 
-def test_each_member_is_a_run_like_any_other_and_the_sweep_compares_them(tiny_sd1: Path, tmp_path: Path) -> None:
+def test_each_member_is_a_run_like_any_other_and_the_sweep_compares_them(
+    tiny_sd1: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="lora_diffusion")
     preview = {"prompts": ["a red cat", "a blue cat"], "steps": 1, "cfg": 1.0}
     run, schedule = {"steps": 2, "save_every": 1}, {"warmup_steps": 0}
     config = make_config(tmp_path, tiny_sd1, preview=preview, run=run, schedule=schedule)
@@ -194,7 +199,10 @@ def test_each_member_is_a_run_like_any_other_and_the_sweep_compares_them(tiny_sd
         assert len(list(run.previews.glob("*.png"))) == 4
         assert run.adapter(member.name, 1).exists() and run.adapter(member.name).exists()
         assert {"contact-sheet.png", "loss.png", "README.md", "dataset.json"} <= {p.name for p in run.path.iterdir()}
-        assert "step 2/2" in run.log.read_text(encoding="utf-8")
+        log = run.log.read_text(encoding="utf-8")
+        assert "step 2/2" in log
+        assert f"{member.name}.safetensors" in log
+        assert not any(f"{other.name}.safetensors" in log for other in members if other is not member)
     pictures = [RunFolder(member.config.run.output).preview(2, 0).read_bytes() for member in members]
     assert pictures[0] != pictures[1], "each member draws with its own adapter"
     sheet = Image.open(tmp_path / "sweep" / "contact-sheet.png")
@@ -224,3 +232,53 @@ def test_a_folder_that_is_in_use_stops_the_sweep_before_any_folder_is_touched(ti
         train_together(members, tmp_path / "sweep")
 
     assert not RunFolder(members[0].config.run.output).state_file.exists()
+
+
+def test_running_out_of_memory_is_told_to_every_member_and_with_what_to_do(
+    tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(tmp_path, tiny_sd1)
+    members = members_of(config, "run.seed=1,2")
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("lora_diffusion.training.joint.joint_losses", fail)
+    with pytest.raises(RunError, match=r"gradient_checkpointing = true.* fewer runs into the sweep"):
+        train_together(members, tmp_path / "sweep")
+
+    for member in members:
+        state = RunFolder(member.config.run.output).read_state()
+        assert state.status == "failed" and "Out of memory" in state.error.message
+        assert "RunError: Out of memory" in RunFolder(member.config.run.output).log.read_text(encoding="utf-8")
+
+
+def test_several_processes_are_refused(tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    members = members_of(make_config(tmp_path, tiny_sd1), "run.seed=1,2")
+    monkeypatch.setattr(Accelerator, "num_processes", property(lambda _: 2))
+    with pytest.raises(UserError, match="one process, and several were started"):
+        train_together(members, tmp_path / "sweep")
+    assert not members[0].config.run.output.exists()
+
+
+def test_finished_members_are_left_alone_by_a_resume_and_trained_on_if_they_are_made_longer(
+    tiny_sd1: Path, tmp_path: Path
+) -> None:
+    config = make_config(tmp_path, tiny_sd1, run={"steps": 3}, schedule={"name": "constant"})
+    members = members_of(config, "run.seed=1,2")
+    train_together(members, tmp_path / "sweep")
+    files = [member.config.run.output / f"{member.name}.safetensors" for member in members]
+    before = [(path.stat().st_mtime_ns, tensor_hash(path)) for path in files]
+    train_together(members, tmp_path / "sweep", resume=True)
+    assert [(path.stat().st_mtime_ns, tensor_hash(path)) for path in files] == before
+
+    longer = members_of(config, "run.seed=1,2", overrides=["run.steps=5"])
+    train_together(longer, tmp_path / "sweep", resume=True)
+    assert [RunFolder(member.config.run.output).read_state().step for member in longer] == [5, 5]
+    assert tensor_hash(files[0]) != before[0][1]
+
+
+def test_a_resume_of_what_never_began_is_refused(tiny_sd1: Path, tmp_path: Path) -> None:
+    members = members_of(make_config(tmp_path, tiny_sd1), "run.seed=1,2")
+    with pytest.raises(UserError, match="no run of this sweep has a checkpoint"):
+        train_together(members, tmp_path / "sweep", resume=True)
