@@ -23,6 +23,7 @@ from lora_diffusion.formats.metadata import TrainingFacts, build_metadata
 from lora_diffusion.generation.engine import Engine, Request
 from lora_diffusion.models.base import Conditioning, DiffusionModel
 from lora_diffusion.models.load import load_model
+from lora_diffusion.models.packed_conv import has_fast_bf16, pack_convolutions
 from lora_diffusion.progress import Track, silent
 from lora_diffusion.recipe_adapters import (
     Adapters,
@@ -32,7 +33,14 @@ from lora_diffusion.recipe_adapters import (
     merge_into_base,
     parameter_groups,
 )
-from lora_diffusion.recipe_data import TrainingSet, caption_options, fill_caches, read_training_set, token_counts
+from lora_diffusion.recipe_data import (
+    Caches,
+    TrainingSet,
+    caption_options,
+    fill_caches,
+    read_training_set,
+    token_counts,
+)
 from lora_diffusion.runs import RunFolder
 from lora_diffusion.training.batches import BatchSource, DrawOptions, Share, SourceOptions
 from lora_diffusion.training.export import Exporter
@@ -55,11 +63,28 @@ def build(
     """Everything a run needs, ready to `fit()`. Raises UserError before any training when an input is wrong."""
     dtype = resolve_precision(config.run.precision, accelerator.device)
     model = load_base(config, dtype, accelerator.device)
+    return build_on(model, Caches(model), config, run, accelerator, resume=resume, track=track)
+
+
+def build_on(
+    model: DiffusionModel,
+    caches: Caches,
+    config: TrainConfig,
+    run: RunFolder,
+    accelerator: Accelerator,
+    *,
+    resume: bool,
+    track: Track = silent,
+) -> Trainer:
+    """`build` on a base that is loaded already and has no adapters in it."""
     previewer = make_previewer(config, run, model)
     data = read_training_set(config, model, accelerator.num_processes, track)
     run_steps(config, data)
     with accelerator.main_process_first():  # one process fills the caches, the others find them filled
-        latents, text = fill_caches(config, model, data, track)
+        latents, text = fill_caches(config, caches, data, track)
+    release_unused(config, model)
+    if accelerator.device.type == "cpu" and has_fast_bf16():
+        pack_convolutions(model.unet)
     adapters = inject_adapters(config, model, is_resumed=resume)
     if config.model.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
@@ -119,6 +144,17 @@ def load_base(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> 
         quantise=config.model.quantise,
         prepare=prepare,
     )
+
+
+def release_unused(config: TrainConfig, model: DiffusionModel) -> None:
+    """Free what the steps do without once all is cached. A picture asked for later loads it again, and keeps it.
+
+    With preview prompts nothing is freed: it would be loaded again before the first step.
+    """
+    if config.preview.prompts:
+        return
+    is_as_on_disk = not config.adapter.text_encoder and not config.model.merge
+    model.release(part for part in model.reloads if part == "vae" or is_as_on_disk)
 
 
 # Assembly

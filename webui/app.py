@@ -12,9 +12,13 @@ import gradio as gr
 from markupsafe import Markup
 
 from lora_diffusion.jobs.condition import ACTIVE
+from webui.api import add_api
+from webui.blocks import Pages
 from webui.components.live import live
 from webui.components.strip import render_navigation, render_strip
-from webui.pages import adapters, dataset, generate, run, runs, train
+from webui.pages import dataset, run, runs, train
+from webui.pages.adapters import page as adapters
+from webui.pages.generate import page as generate
 from webui.services.machine import read_machine
 from webui.services.site import Site
 from webui.translate import Translator
@@ -45,8 +49,10 @@ PAGES = (
 def build(site: Site, language: str) -> gr.Blocks:
     """All pages in one language."""
     t = Translator(language)
-    with gr.Blocks(title="lora_diffusion", analytics_enabled=False, fill_width=True) as demo:
+    with Pages(title="lora_diffusion", analytics_enabled=False, fill_width=True) as demo:
         _fill(PAGES[0], site, t, demo)
+        if language == "en":  # programs have one address, whatever people read
+            add_api(site)
     for page in PAGES[1:]:
         with demo.route(t(page.title), page.path):
             _fill(page, site, t, demo)

@@ -108,7 +108,7 @@ class Guard:
         host = headers.get(b"host", "")
         if not self._is_ours(host):
             return 400, "This server is not called by that name. Start it with --name to allow one."
-        if scope["method"] in UNSAFE and not _is_same_origin(headers, host):
+        if not _is_ours_or_a_link(scope["method"], headers, host):
             return 403, "The request comes from another web site."
         if not ADDRESSES.fullmatch(scope["path"]):
             return 404, "There is no such address."
@@ -169,12 +169,17 @@ class Guard:
                 await _answer(send, 413, "The request has more bytes or files than it may have.")
 
 
-def _is_same_origin(headers: dict[bytes, str], host: str) -> bool:
-    """Browsers say where a request comes from; a program that is no browser need not."""
-    if headers.get(b"sec-fetch-site", "same-origin") not in ("same-origin", "none"):
-        return False
+def _is_ours_or_a_link(method: str, headers: dict[bytes, str], host: str) -> bool:
+    """Browsers say where a request comes from; a program that is no browser need not.
+
+    A page of somebody else may hold a link to us that is clicked, and no more: no form, no picture, no request.
+    """
     origin = headers.get(b"origin")
-    return origin is None or (origin != "null" and urlsplit(origin).netloc == host)
+    if origin is not None and (origin == "null" or urlsplit(origin).netloc != host):
+        return False
+    if headers.get(b"sec-fetch-site", "same-origin") in ("same-origin", "none"):
+        return True
+    return method not in UNSAFE and headers.get(b"sec-fetch-mode") == "navigate"
 
 
 def _with_headers(send: Send) -> Send:

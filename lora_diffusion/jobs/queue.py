@@ -88,7 +88,10 @@ class Queue:
 
     def config(self, id: int) -> str:
         """The job's TOML."""
-        job = self.job(id)
+        return self.config_of(self.job(id))
+
+    def config_of(self, job: Job) -> str:
+        """The TOML of a job that `jobs` gave. Raises QueueError where it cannot be read."""
         path = config_file(self.workspace, job.id) if job.id > 0 else RunFolder(job.run).config
         try:
             return path.read_text(encoding="utf-8")

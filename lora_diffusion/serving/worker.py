@@ -16,8 +16,9 @@ from lora_diffusion.errors import RunError, UserError
 from lora_diffusion.generation.engine import Cancelled, Engine
 from lora_diffusion.generation.infotext import png_bytes, write_parameters
 from lora_diffusion.generation.library import AdapterLibrary
+from lora_diffusion.generation.request import Request
 from lora_diffusion.serving.device import DeviceBusy, DeviceLock
-from lora_diffusion.serving.orders import Order, OrderBook, Unit
+from lora_diffusion.serving.orders import Key, Order, OrderBook, Unit
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class Worker(threading.Thread):
             try:
                 with self._device.held():
                     self.waiting_for = ""
-                    self._draw(self._book.take(self._engine.batch_size, self._engine.batch_key))
+                    self._draw(self._book.take(self._engine.batch_size, self._key))
                     is_cache_full, last_work = True, time.monotonic()
             except DeviceBusy as busy:
                 if is_cache_full:
@@ -84,8 +85,9 @@ class Worker(threading.Thread):
                     is_cache_full = False
                 self.waiting_for = str(busy)
                 self._stopping.wait(_POLL_S)
-            except Exception:  # a fault of ours must end one batch, not the engine
+            except Exception:  # a fault of ours or a full disk must not end the engine, nor keep it busy
                 logger.exception("the engine thread went on after an unexpected error")
+                self._stopping.wait(_POLL_S)
 
     def _draw(self, units: Sequence[Unit]) -> None:
         """Draw together; if that fails, each alone, so that one client's mistake is not another's."""
@@ -109,7 +111,17 @@ class Worker(threading.Thread):
                 self._draw([unit])
             return
         for unit, image in zip(units, images, strict=True):
-            self._finish(unit, image)
+            try:
+                self._finish(unit, image)
+            except Exception as error:
+                self._book.end(unit.order, "failed", self._message(error))
+
+    def _key(self, request: Request) -> Key:
+        """What batches it may be in. One that cannot be told is drawn alone and fails there, with a reason."""
+        try:
+            return self._engine.batch_key(request)
+        except Exception:
+            return ("alone", id(request))
 
     def _step(self, units: Sequence[Unit]) -> Callable[[int, int], None]:
         def on_step(done: int, total: int) -> None:

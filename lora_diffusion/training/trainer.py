@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,9 @@ class Trainer:
     stop: StopRequest = field(default_factory=StopRequest)
     _wrapped: nn.Module = field(init=False)
     _optimizer: torch.optim.Optimizer = field(init=False)
+    _metrics: MetricsFile = field(init=False)
+    _console: Console = field(init=False)
+    _batches: Iterator[Batch] = field(init=False)
     _seconds_per_step: float = field(default=0.0, init=False)
     _saved_step: int = field(default=-1, init=False)
     _heartbeat: float = field(default=0.0, init=False)
@@ -86,40 +89,75 @@ class Trainer:
 
         Raises RunError when the loss or a gradient is not finite: the weights of the last good step are saved.
         """
+        self.begin()
+        with self.stop.listen(), self._console.open(self.step):
+            while not self.is_over():
+                self.train_step()
+        return self.finish()
+
+    def begin(self) -> None:
+        """What comes before the first step."""
         self.loss.to(self.accelerator.device)
         self._wrapped = self.accelerator.prepare_model(self.loss)
         self._optimizer = self.accelerator.prepare_optimizer(self.optimizer)
-        metrics = MetricsFile(self.run.metrics)
-        console = Console(self.plan.steps, self.accelerator.device, self.accelerator.is_main_process)
+        self._metrics = MetricsFile(self.run.metrics)
+        self._console = Console(self.plan.steps, self.accelerator.device, self.accelerator.is_main_process)
         self._saved_step = self.step
         if self.step == 0:
             self._draw_previews()
         first, last = self.step * self.plan.accumulation, self.plan.steps * self.plan.accumulation
-        batches = iter(load_batches(self.source, first, last, self.plan.loader_workers))
-        with self.stop.listen(), console.open(self.step):
-            while self.step < self.plan.steps and not self._should_stop():
-                started = time.perf_counter()
-                values = self._train_step([next(batches) for _ in range(self.plan.accumulation)])
-                self._measure_speed(time.perf_counter() - started)
-                self._after_step(metrics, console, values)
-        return self._finish()
+        self._batches = iter(load_batches(self.source, first, last, self.plan.loader_workers))
+
+    def is_over(self) -> bool:
+        return self.step >= self.plan.steps or self._should_stop()
 
     # One step
 
-    def _train_step(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
-        """Forward, backward and update for one optimiser step; returns what metrics.jsonl records."""
-        set_learning_rate(self.optimizer, self.learning_rate_curve(self.step), self.step)
-        self._optimizer.zero_grad(set_to_none=True)
+    def train_step(self) -> None:
+        """One optimiser step, and what is due after it."""
+        started = time.perf_counter()
+        micro_batches = self.next_micro_batches()
+        self.end_step(self._losses_of(micro_batches), micro_batches, started)
+
+    def next_micro_batches(self) -> list[Batch]:
+        """Those of the next optimiser step, on the device, in the order of their backward passes."""
+        return [next(self._batches).to(self.accelerator.device) for _ in range(self.plan.accumulation)]
+
+    def _losses_of(self, micro_batches: Sequence[Batch]) -> Tensor:
+        """Forward and backward of one optimiser step; returns its loss."""
         total = torch.zeros((), device=self.accelerator.device)
         for index, batch in enumerate(micro_batches):
             is_last = index == len(micro_batches) - 1
             # Gradients of several processes are averaged once, with the last micro-batch.
-            micro_step = self.step * self.plan.accumulation + index
-            with (
-                nullcontext() if is_last else self.accelerator.no_sync(self._wrapped),
-                self.regulariser.dropout(micro_step, self.accelerator.process_index),
-            ):
-                total += self._backward(batch.to(self.accelerator.device))
+            with nullcontext() if is_last else self.accelerator.no_sync(self._wrapped), self.dropout(index):
+                losses: Tensor = self._wrapped(batch, self.conditioning(batch.captions))  # (B,)
+                loss = (losses * batch.weights).sum()
+                self.scaled(loss).backward()
+                total += loss.detach()
+        return total
+
+    def dropout(self, index: int) -> AbstractContextManager[None]:
+        """Inside, adapters drop what the micro-batch `index` of the present step makes them drop."""
+        micro_step = self.step * self.plan.accumulation + index
+        return self.regulariser.dropout(micro_step, self.accelerator.process_index)
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss as it goes into backward: fp16 gradients would vanish without a factor, which the update undoes."""
+        scaler = self.accelerator.scaler
+        return loss if scaler is None else scaler.scale(loss)
+
+    def end_step(self, total: Tensor, micro_batches: Sequence[Batch], started: float) -> None:
+        """The update from gradients that are there, and all that is done between steps.
+
+        total: the loss, summed over the micro-batches. started: `time.perf_counter()` at the start of the step.
+        """
+        values = self._update(total, micro_batches)
+        self._measure_speed(time.perf_counter() - started)
+        self._after_step(values)
+
+    def _update(self, total: Tensor, micro_batches: Sequence[Batch]) -> dict[str, float]:
+        """Clip and step; returns what metrics.jsonl records."""
+        set_learning_rate(self.optimizer, self.learning_rate_curve(self.step), self.step)
         loss = float(self.accelerator.reduce(total, "mean"))  # pyright: ignore[reportArgumentType]
         self._check_finite(loss, "loss", micro_batches)
         drop_ended_gradients(self.optimizer, self.step)
@@ -128,19 +166,14 @@ class Trainer:
         if self.accelerator.scaler is None:
             self._check_finite(grad_norm, "gradient norm", micro_batches)
         self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
         num_limited = self.regulariser.limit_norms()
         self.step += 1
         values: dict[str, float] = {"loss": loss, "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": grad_norm}
         return values if num_limited is None else values | {"norms_limited": num_limited}
 
-    def _backward(self, batch: Batch) -> Tensor:
-        """Adds the batch's part of the step's gradient; returns its part of the loss."""
-        losses: Tensor = self._wrapped(batch, self._conditioning(batch.captions))  # (B,)
-        loss = (losses * batch.weights).sum()
-        self.accelerator.backward(loss)
-        return loss.detach()
-
-    def _conditioning(self, captions: Sequence[str]) -> Conditioning | None:
+    def conditioning(self, captions: Sequence[str]) -> Conditioning | None:
+        """The captions' encoding; None where it is trained, and so belongs into the step."""
         if self.text is None:
             return self._fixed_text(captions)
         return cached_text(self.text, captions, self.accelerator.device)
@@ -180,17 +213,17 @@ class Trainer:
 
     # Between steps
 
-    def _after_step(self, metrics: MetricsFile, console: Console, values: dict[str, float]) -> None:
+    def _after_step(self, values: dict[str, float]) -> None:
         plan = self.plan
         if self.validator is not None and _is_due(self.step, plan.validate_every, plan.steps):
             values["val_loss"] = self.validator.measure(self.loss, self.accelerator.device)
         is_logged = "val_loss" in values or _is_due(self.step, plan.log_every, plan.steps)
         if is_logged and self.accelerator.is_main_process:
             epoch = self.step * plan.accumulation / self.source.batches.batches_per_epoch
-            metrics.write(
+            self._metrics.write(
                 {"step": self.step, "epoch": round(epoch, 3)} | values | {"seconds": round(self._seconds_per_step, 4)}
             )
-        console.show(self.step, values["loss"], values["lr"], self._seconds_per_step)
+        self._console.show(self.step, values["loss"], values["lr"], self._seconds_per_step)
         self._beat()
         if _is_due(self.step, plan.preview_every, plan.steps):
             self._draw_previews()
@@ -271,7 +304,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.exporter.write(self.run.adapter(self.name, self.step), self.step)
 
-    def _finish(self) -> Path:
+    def finish(self) -> Path:
         """Save what was reached. A run that was stopped keeps its step in the file name and can be resumed."""
         is_complete = self.step >= self.plan.steps
         adapter = self.run.adapter(self.name, None if is_complete else self.step)

@@ -18,6 +18,11 @@ def join(parts: Iterable[Markup]) -> Markup:
     return Markup("").join(parts)
 
 
+def said(text: str, *, bad: bool = False) -> str:
+    """What came of a click, in a line of its own."""
+    return str(html('<p class="said {kind}" role="status">{text}</p>', kind="bad" if bad else "good", text=text))
+
+
 def with_code(text: str) -> Markup:
     """The text, with what stands between backticks as code."""
     parts = text.split("`")

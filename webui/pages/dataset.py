@@ -35,7 +35,7 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
             return answers[str(question["do"])](question)
         except UserError as error:
             return {"error": str(error)}
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, AttributeError):
             logger.exception("a question of the data set page")
             return {"error": "The page asked for something that there is not. Reload it."}
         except OSError as error:
@@ -45,8 +45,9 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
     gr.HTML(
         str(
             html(
-                '<div id="dataset" data-words="{texts}"><p class="busy">…</p></div>',
+                '<div id="dataset" data-words="{texts}" data-train="{train}"><p class="busy">…</p></div>',
                 texts=json.dumps(texts, ensure_ascii=False),
+                train=t.href("/"),
             )
         ),
         elem_id="dataset-page",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,8 +13,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
+from PIL import Image
+
 from lora_diffusion.errors import UserError
 from lora_diffusion.files import write_bytes_atomically
+from lora_diffusion.generation.infotext import save_png
 from lora_diffusion.generation.request import Request
 from lora_diffusion.generation.sheet import Sheet
 from lora_diffusion.workspace import Workspace
@@ -22,8 +27,13 @@ logger = logging.getLogger(__name__)
 Phase = Literal["waiting", "starting", "in line", "drawing", "done", "failed", "cancelled"]
 Kind = Literal["pictures", "comparison", "sheet", "trial"]
 UNFINISHED: tuple[Phase, ...] = ("waiting", "starting", "in line", "drawing")
-KEPT = 40
+KEPT = 200
 MAX_PICTURES = 64
+MAX_WAITING = 64
+"""Drawings that are not finished. Beyond that people are told to wait, in place of a line that grows without end."""
+KEPT_SHEETS = 40
+"""So many sheets and merge previews keep their single pictures in pictures/cells/. The sheets themselves all stay."""
+_OF_A_SHEET = re.compile(r"\d{8}-\d{6}-\d+")
 
 
 class NoLongerWanted(Exception):
@@ -88,6 +98,13 @@ class Drawing:
         step = self.progress.step / self.progress.steps if self.progress.steps else 0.0
         return min((self.num_done + step) / max(len(self.requests), 1), 1.0)
 
+    def pair(self) -> tuple[Image.Image, Image.Image] | None:
+        """Both pictures of a comparison or a trial as RGB; None while one is not there, or is no longer."""
+        first, second = self.pictures
+        if first is None or second is None or not (first.is_file() and second.is_file()):
+            return None
+        return _open_rgb(first), _open_rgb(second)
+
 
 @dataclass
 class Desk:
@@ -105,11 +122,13 @@ class Desk:
     _thread: threading.Thread | None = None
 
     def add(self, kind: Kind, base: str, requests: Sequence[Request], sheet: Sheet | None = None) -> Drawing:
-        """Put it in line. Raises UserError if it is too much."""
+        """Put it in line. Raises UserError if it is too much, or the line is full."""
         limit = 400 if kind == "sheet" else MAX_PICTURES
         if not 1 <= len(requests) <= limit:
             raise UserError(f"{len(requests)} pictures at once; at most {limit} are drawn.")
         with self._lock:
+            if sum(other.is_unfinished for other in self._drawings.values()) >= MAX_WAITING:
+                raise UserError(f"Busy: {MAX_WAITING} drawings are in line already. Try again when some are done.")
             id = next(self._numbers)
             drawing = Drawing(id, kind, base, tuple(requests), pictures=(None,) * len(requests), sheet=sheet)
             self._drawings[id] = drawing
@@ -142,9 +161,10 @@ class Desk:
         with self._lock:
             for drawing in list(self._drawings.values()):
                 if drawing.is_unfinished and id in (None, drawing.id):
-                    self._stopped.add(drawing.id)
                     if drawing.phase == "waiting":
                         self._change(drawing.id, phase="cancelled", ended=time.time())
+                    else:
+                        self._stopped.add(drawing.id)
 
     def _work(self) -> None:
         while True:
@@ -185,29 +205,28 @@ class Desk:
         except Exception as error:
             logger.exception("drawing failed")
             self._change(drawing.id, phase="failed", message=f"{type(error).__name__}: {error}")
-        self._change(drawing.id, ended=time.time())
+        with self._lock:
+            self._stopped.discard(drawing.id)
+            self._change(drawing.id, ended=time.time())
 
     def _folder(self, drawing: Drawing) -> Path:
         folder = self.workspace.pictures
         if drawing.kind in ("sheet", "trial"):  # cells stay out of the gallery
+            self._forget_old_cells(folder / "cells")
             folder = folder / "cells" / f"{time.strftime('%Y%m%d-%H%M%S')}-{drawing.id}"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
+    def _forget_old_cells(self, folder: Path) -> None:
+        """Make room for one more sheet: `KEPT_SHEETS` stay. Folders of other names are not ours."""
+        ours = sorted(path for path in folder.glob("*") if _OF_A_SHEET.fullmatch(path.name) and not path.is_symlink())
+        for old in ours[: len(ours) - KEPT_SHEETS + 1]:
+            shutil.rmtree(old, ignore_errors=True)
+
     def _write_sheet(self, drawing: Drawing, pictures: Sequence[Path | None], folder: Path) -> Path | None:
         if drawing.sheet is None:
             return None
-        from PIL import Image
-
-        from lora_diffusion.generation.infotext import save_png
-
-        images: list[Image.Image | None] = []
-        for picture in pictures:
-            if picture is None:
-                images.append(None)
-                continue
-            with Image.open(picture) as image:
-                images.append(image.convert("RGB"))
+        images = [_open_rgb(picture) if picture else None for picture in pictures]
         path = _free_file(self.workspace.pictures, drawing.requests[0].seed, "grid-")
         save_png(drawing.sheet.picture(images), path, drawing.sheet.parameters(Path(drawing.base).name, {}))
         return path
@@ -216,6 +235,11 @@ class Desk:
         with self._lock:
             if id in self._drawings:
                 self._drawings[id] = replace(self._drawings[id], **values)  # pyright: ignore[reportArgumentType]
+
+
+def _open_rgb(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
 
 
 def _free_file(folder: Path, seed: int, prefix: str = "") -> Path:

@@ -8,10 +8,16 @@ from pathlib import Path
 
 from lora_diffusion.errors import UserError
 from lora_diffusion.jobs.queue import Job
+from lora_diffusion.runs import RunFolder
 from webui.services.form_values import Fields, fields_from_toml
 from webui.services.site import Site
 
 COMPARED = 4
+
+Best = tuple[float, int] | None
+"""The lowest validation loss and its step."""
+
+Stamp = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -25,17 +31,20 @@ class RunRow:
     kind: str
     rank: str
     learning_rate: str
-    best: tuple[float, int] | None
+    best: Best
     picture: str | None
 
 
 @dataclass
 class Overview:
-    """Reads configs once per version of their file."""
+    """Reads configs once per version of their file, and numbers and pictures of a run only while they change."""
 
     site: Site
     _configs: dict[tuple[int, str], tuple[int, Fields]] = field(
         default_factory=dict[tuple[int, str], tuple[int, Fields]]
+    )
+    _results: dict[Path, tuple[Stamp, Best, str | None]] = field(
+        default_factory=dict[Path, "tuple[Stamp, Best, str | None]"]
     )
 
     def rows(self) -> list[RunRow]:
@@ -47,15 +56,7 @@ class Overview:
 
     def _row(self, job: Job) -> RunRow:
         fields = self.config(job)
-        follower = self.site.followers.of(job.run)
-        with follower.lock:
-            measured = [(row["val_loss"], row["step"]) for row in follower.run.metrics() if "val_loss" in row]
-            previews = follower.run.previews()
-        newest = (
-            previews.pictures[max(previews.pictures, key=lambda place: (place[1], -place[0]))]
-            if previews.pictures
-            else None
-        )
+        best, picture = self._result(job.run)
         return RunRow(
             id=self.site.run_id(job),
             job=job,
@@ -64,14 +65,27 @@ class Overview:
             kind=fields.get("adapter.kind", ""),
             rank=fields.get("adapter.rank", ""),
             learning_rate=fields.get("optimizer.lr", ""),
-            best=min(measured, default=None),
-            picture=self.site.places.id_of(newest) if newest else None,
+            best=best,
+            picture=picture,
         )
+
+    def _result(self, run: Path) -> tuple[Best, str | None]:
+        stamp = _stamp(RunFolder(run))
+        known = self._results.get(run)
+        if known is None or known[0] != stamp:
+            follower = self.site.followers.of(run)
+            with follower.lock:
+                measured = [(row["val_loss"], row["step"]) for row in follower.run.metrics() if "val_loss" in row]
+                pictures = follower.run.previews().pictures
+            newest = pictures[max(pictures, key=lambda place: (place[1], -place[0]))] if pictures else None
+            known = (stamp, min(measured, default=None), self.site.places.id_of(newest) if newest else None)
+            self._results[run] = known
+        return known[1], known[2]
 
     def config(self, job: Job) -> Fields:
         """The job's settings as the form shows them; empty where they cannot be read."""
         try:
-            text = self.site.queue.config(job.id)
+            text = self.site.queue.config_of(job)
         except UserError:
             return {}
         known = self._configs.get((job.id, str(job.run)))
@@ -91,6 +105,18 @@ def differences(
     names = dict.fromkeys(name for config in configs for name in config)
     values = {name: [config.get(name, "") for config in configs] for name in names if name not in leave_out}
     return {name: found for name, found in values.items() if len(set(found)) > 1}
+
+
+def _stamp(run: RunFolder) -> Stamp:
+    """Another one for other numbers or pictures."""
+    stamp: list[int] = []
+    for path in (run.metrics, run.previews):
+        try:
+            status = path.stat()
+        except OSError:
+            continue
+        stamp += [status.st_size, status.st_mtime_ns]
+    return tuple(stamp)
 
 
 def _last(path: str) -> str:
