@@ -7,8 +7,9 @@ noticed as late, but has changed nothing (see `QuietUpdate`).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from lora_diffusion.models.base import Conditioning
 from lora_diffusion.training.batches import Batch
 from lora_diffusion.training.graph import StepGraphs
+from lora_diffusion.training.prefetch import Copier, Prefetcher
 from lora_diffusion.training.update import QuietUpdate
 
 _FIELDS = ("latents", "noise", "timesteps", "weights", "sizes")
@@ -23,9 +25,10 @@ _FIELDS = ("latents", "noise", "timesteps", "weights", "sizes")
 
 @dataclass(frozen=True)
 class Reading:
-    """What a step's log line needs: its number from 1, its loss and the norm of its gradients."""
+    """What is told of one step: its batches, its learning rate, its loss and the norm of its gradients."""
 
-    step: int
+    batches: Sequence[Batch]
+    lr: float
     loss: float
     grad_norm: float
 
@@ -56,13 +59,8 @@ class QuietStep:
         self._values = torch.zeros(2, device=device)
         self._run: Callable[[Mapping[str, Tensor]], None] = StepGraphs(self._step, device) if as_graph else self._step
 
-    @property
-    def is_broken(self) -> bool:
-        """Whether any loss or norm so far was not finite. Waits for the device."""
-        return bool(self._update.broken)
-
     def __call__(self, inputs: Mapping[str, Tensor], rates: Sequence[float]) -> Tensor:
-        """inputs: see `inputs_of`. rates: the learning rate of each parameter group.
+        """inputs: see `inputs_of` and `inputs_of_texts`. rates: the learning rate of each parameter group.
 
         Returns (loss, norm of the gradients), on the device, until the next call.
         """
@@ -84,13 +82,14 @@ class QuietStep:
         self._values.copy_(torch.stack([total, norm]))
 
 
-def inputs_of(batches: Sequence[Batch], texts: Sequence[Conditioning]) -> dict[str, Tensor]:
-    """The tensors of one step's micro-batches, by index and name: "0.latents", "0.text.hidden", …"""
-    inputs: dict[str, Tensor] = {}
-    for index, (batch, text) in enumerate(zip(batches, texts, strict=True)):
-        inputs |= {f"{index}.{name}": getattr(batch, name) for name in _FIELDS}
-        inputs |= {f"{index}.text.{name}": tensor for name, tensor in text.texts().items()}
-    return inputs
+def inputs_of(batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """The tensors of one step's micro-batches, by index and name: "0.latents", "1.noise", …"""
+    return {f"{index}.{name}": getattr(batch, name) for index, batch in enumerate(batches) for name in _FIELDS}
+
+
+def inputs_of_texts(texts: Sequence[Conditioning]) -> dict[str, Tensor]:
+    """Theirs, and their captions' encodings are a step's inputs: "0.text.hidden", …"""
+    return {f"{i}.text.{name}": tensor for i, text in enumerate(texts) for name, tensor in text.texts().items()}
 
 
 def num_micro_batches(inputs: Mapping[str, Tensor]) -> int:
@@ -103,37 +102,63 @@ def _batch_of(inputs: Mapping[str, Tensor], index: int) -> tuple[Batch, Conditio
     return batch, Conditioning(inputs[f"{index}.text.hidden"], pooled)
 
 
-class Readings:
-    """Values on their way from the device to the host, in the order of their steps."""
+class QuietLoop:
+    """Runs a `QuietStep` over batches that a thread makes ahead, and tells later what came of each step."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(
+        self,
+        step: QuietStep,
+        batches: Iterator[Batch],
+        accumulation: int,
+        texts: Callable[[Sequence[str]], Conditioning],
+        device: torch.device,
+    ) -> None:
+        """batches: micro-batches, on the host. texts: captions → their encoding, on the device."""
+        self._step = step
+        self._texts = texts
         self._device = device
-        self._waiting: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+        self._waiting: deque[tuple[Sequence[Batch], float, Tensor, torch.cuda.Event | None]] = deque()
+        copier = Copier(device)
 
-    def add(self, step: int, values: Tensor) -> None:
-        """values: (loss, norm), which may be overwritten by the next step."""
+        def prepared() -> Iterator[tuple[list[Batch], Callable[[], dict[str, Tensor]]]]:
+            while micro_batches := list(islice(batches, accumulation)):
+                yield micro_batches, copier.start(inputs_of(micro_batches))
+
+        self._prepared = Prefetcher(prepared())
+
+    def run(self, rates: Sequence[float]) -> None:
+        """Launch the next step. rates: the learning rate of each parameter group."""
+        micro_batches, take = next(self._prepared)
+        texts = inputs_of_texts([self._texts(batch.captions) for batch in micro_batches])
+        values = self._step(take() | texts, rates)
+        self._waiting.append((micro_batches, rates[0], *self._on_its_way(values)))
+
+    def readings(self, *, owed: int) -> list[Reading]:
+        """Of the steps whose values have arrived, in order. Waits until those of at most `owed` are missing."""
+        arrived: list[Reading] = []
+        while self._waiting:
+            batches, lr, values, event = self._waiting[0]
+            if event is not None and not event.query():
+                if len(self._waiting) <= owed:
+                    break
+                event.synchronize()
+            arrived.append(Reading(batches, lr, *values.tolist()))
+            self._waiting.popleft()
+        return arrived
+
+    def close(self) -> None:
+        """End the thread. What was launched still ends."""
+        self._prepared.close()
+
+    def _on_its_way(self, values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+        """A copy on the host, and the event after which it holds the values."""
         if self._device.type != "cuda":
-            self._waiting.append((step, values.clone(), None))
-            return
+            return values.clone(), None
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         host.copy_(values, non_blocking=True)
         has_arrived = torch.cuda.Event()
         has_arrived.record()
-        self._waiting.append((step, host, has_arrived))
-
-    def take(self, *, wait: bool) -> list[Reading]:
-        """Those that have arrived; with `wait`, all of them."""
-        taken: list[Reading] = []
-        while self._waiting:
-            step, values, event = self._waiting[0]
-            if event is not None and not event.query():
-                if not wait:
-                    break
-                event.synchronize()
-            loss, norm = values.tolist()
-            taken.append(Reading(step, loss, norm))
-            self._waiting.popleft()
-        return taken
+        return host, has_arrived
 
 
 class ResidentTexts:
