@@ -94,7 +94,7 @@ def make_trainers(model: DiffusionModel, configs: list[TrainConfig]) -> tuple[li
     for config in configs:
         run = RunFolder(config.run.output)
         run.path.mkdir(parents=True)
-        trainers.append(build_on(model, caches, config, run, make_accelerator(config), resume=False))
+        trainers.append(build_on(model, caches, config, run, make_accelerator(config), resume=False, is_shared=True))
         eject(model.unet, trainers[-1].exporter.adapters["unet"])
     join(model.unet, [trainer.exporter.adapters["unet"] for trainer in trainers], layout)
     return trainers, layout
