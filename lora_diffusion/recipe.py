@@ -34,7 +34,7 @@ from lora_diffusion.recipe_adapters import (
     parameter_groups,
 )
 from lora_diffusion.recipe_data import (
-    Caches,
+    SharedBase,
     TrainingSet,
     caption_options,
     fill_caches,
@@ -63,12 +63,11 @@ def build(
     """Everything a run needs, ready to `fit()`. Raises UserError before any training when an input is wrong."""
     dtype = resolve_precision(config.run.precision, accelerator.device)
     model = load_base(config, dtype, accelerator.device)
-    return build_on(model, Caches(model), config, run, accelerator, resume=resume, track=track)
+    return build_on(SharedBase(model), config, run, accelerator, resume=resume, track=track)
 
 
 def build_on(
-    model: DiffusionModel,
-    caches: Caches,
+    base: SharedBase,
     config: TrainConfig,
     run: RunFolder,
     accelerator: Accelerator,
@@ -79,13 +78,14 @@ def build_on(
 ) -> Trainer:
     """`build` on a base that is loaded already and has no adapters in it.
 
-    is_shared: others are still to be built on it, so nothing of it is released.
+    is_shared: others are built on it too, so nothing of it is released.
     """
+    model = base.model
     previewer = make_previewer(config, run, model)
     data = read_training_set(config, model, accelerator.num_processes, track)
     run_steps(config, data)
     with accelerator.main_process_first():  # one process fills the caches, the others find them filled
-        latents, text = fill_caches(config, caches, data, track)
+        latents, text = fill_caches(config, base, data, track)
     if not is_shared:
         release_unused([config], model)
     if accelerator.device.type == "cpu" and has_fast_bf16():
