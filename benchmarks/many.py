@@ -33,7 +33,7 @@ from lora_diffusion.config import TrainConfig
 from lora_diffusion.models.base import DiffusionModel
 from lora_diffusion.models.load import load_model
 from lora_diffusion.recipe import DTYPES, build_on, make_accelerator, resolve_device
-from lora_diffusion.recipe_data import Caches
+from lora_diffusion.recipe_data import SharedBase
 from lora_diffusion.runs import RunFolder
 from lora_diffusion.training.joint import JointTrainer
 from lora_diffusion.training.trainer import Trainer
@@ -90,11 +90,11 @@ def make_model(base: str, unet: str, dtype: torch.dtype) -> DiffusionModel:
 
 def make_trainers(model: DiffusionModel, configs: list[TrainConfig]) -> tuple[list[Trainer], JointLayout]:
     """Trainers on one base, as `lora-diffusion sweep` makes them."""
-    layout, caches, trainers = JointLayout(), Caches(model), list[Trainer]()
+    layout, base, trainers = JointLayout(), SharedBase(model), list[Trainer]()
     for config in configs:
         run = RunFolder(config.run.output)
         run.path.mkdir(parents=True)
-        trainers.append(build_on(model, caches, config, run, make_accelerator(config), resume=False))
+        trainers.append(build_on(base, config, run, make_accelerator(config), resume=False, is_shared=True))
         eject(model.unet, trainers[-1].exporter.adapters["unet"])
     join(model.unet, [trainer.exporter.adapters["unet"] for trainer in trainers], layout)
     return trainers, layout

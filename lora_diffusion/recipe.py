@@ -34,7 +34,7 @@ from lora_diffusion.recipe_adapters import (
     parameter_groups,
 )
 from lora_diffusion.recipe_data import (
-    Caches,
+    SharedBase,
     TrainingSet,
     caption_options,
     fill_caches,
@@ -63,26 +63,31 @@ def build(
     """Everything a run needs, ready to `fit()`. Raises UserError before any training when an input is wrong."""
     dtype = resolve_precision(config.run.precision, accelerator.device)
     model = load_base(config, dtype, accelerator.device)
-    return build_on(model, Caches(model), config, run, accelerator, resume=resume, track=track)
+    return build_on(SharedBase(model), config, run, accelerator, resume=resume, track=track)
 
 
 def build_on(
-    model: DiffusionModel,
-    caches: Caches,
+    base: SharedBase,
     config: TrainConfig,
     run: RunFolder,
     accelerator: Accelerator,
     *,
     resume: bool,
+    is_shared: bool = False,
     track: Track = silent,
 ) -> Trainer:
-    """`build` on a base that is loaded already and has no adapters in it."""
+    """`build` on a base that is loaded already and has no adapters in it.
+
+    is_shared: others are built on it too, so nothing of it is released.
+    """
+    model = base.model
     previewer = make_previewer(config, run, model)
     data = read_training_set(config, model, accelerator.num_processes, track)
     run_steps(config, data)
     with accelerator.main_process_first():  # one process fills the caches, the others find them filled
-        latents, text = fill_caches(config, caches, data, track)
-    release_unused(config, model)
+        latents, text = fill_caches(config, base, data, track)
+    if not is_shared:
+        release_unused([config], model)
     if accelerator.device.type == "cpu" and has_fast_bf16():
         pack_convolutions(model.unet)
     adapters = inject_adapters(config, model, is_resumed=resume)
@@ -146,14 +151,15 @@ def load_base(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> 
     )
 
 
-def release_unused(config: TrainConfig, model: DiffusionModel) -> None:
+def release_unused(configs: Sequence[TrainConfig], model: DiffusionModel) -> None:
     """Free what the steps do without once all is cached. A picture asked for later loads it again, and keeps it.
 
-    With preview prompts nothing is freed: it would be loaded again before the first step.
+    configs: of all trainings on this base. With preview prompts nothing is freed: it would be loaded again before the
+    first step.
     """
-    if config.preview.prompts:
+    if any(config.preview.prompts for config in configs):
         return
-    is_as_on_disk = not config.adapter.text_encoder and not config.model.merge
+    is_as_on_disk = not any(config.adapter.text_encoder or config.model.merge for config in configs)
     model.release(part for part in model.reloads if part == "vae" or is_as_on_disk)
 
 

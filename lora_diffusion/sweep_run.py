@@ -15,8 +15,8 @@ from lora_diffusion.config_sweep import Member, check_together
 from lora_diffusion.errors import RunError, UserError
 from lora_diffusion.models.base import DiffusionModel
 from lora_diffusion.progress import bar
-from lora_diffusion.recipe import build_on, load_base, make_accelerator, resolve_precision
-from lora_diffusion.recipe_data import Caches
+from lora_diffusion.recipe import build_on, load_base, make_accelerator, release_unused, resolve_precision
+from lora_diffusion.recipe_data import SharedBase
 from lora_diffusion.runs import RunFolder
 from lora_diffusion.sweep_pictures import draw_contact_sheet, draw_losses
 from lora_diffusion.training.joint import JointTrainer
@@ -136,14 +136,16 @@ def _build(runs: Sequence[_Run], layout: JointLayout) -> list[Trainer]:
     accelerators = [make_accelerator(run.member.config) for run in runs]  # each with a loss scaler of its own
     device = accelerators[0].device
     model = load_base(config, resolve_precision(config.run.precision, device), device)
-    caches = Caches(model)
+    base = SharedBase(model)
     trainers: list[Trainer] = []
     for run, accelerator in zip(runs, accelerators, strict=True):
         with _speaking(run.name), _blamed(run.member):
-            trainer = build_on(model, caches, run.member.config, run.folder, accelerator, resume=run.resumes, track=bar)
+            options = {"resume": run.resumes, "is_shared": True}
+            trainer = build_on(base, run.member.config, run.folder, accelerator, **options, track=bar)
         for part, adapters in trainer.exporter.adapters.items():
             eject(model.parts[part].module, adapters)
         trainers.append(trainer)
+    release_unused([run.member.config for run in runs], model)
     _join(model, trainers, layout)
     for run, trainer in zip(runs, trainers, strict=True):
         begin_recorded(run.member.config, trainer)
