@@ -7,15 +7,27 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lora_diffusion import cli_files, cli_merge, cli_queue, cli_serve, cli_ui
+from lora_diffusion import cli_files, cli_merge, cli_queue, cli_serve, cli_sweep, cli_ui
 from lora_diffusion.cli_base import DebugOption, app, errors_as_messages
+from lora_diffusion.launch import wait_without_spinning
 from lora_diffusion.progress import bar, silent
 
 if TYPE_CHECKING:
     from lora_diffusion.generation.request import Request
 
 # Importing the other files adds their commands.
-__all__ = ["app", "cli_files", "cli_merge", "cli_queue", "cli_serve", "cli_ui", "errors_as_messages", "main", "train"]
+__all__ = [
+    "app",
+    "cli_files",
+    "cli_merge",
+    "cli_queue",
+    "cli_serve",
+    "cli_sweep",
+    "cli_ui",
+    "errors_as_messages",
+    "main",
+    "train",
+]
 
 ConfigOption = Annotated[Path, typer.Option("--config", help="The run's TOML file.")]
 SetOption = Annotated[
@@ -114,4 +126,5 @@ def generate(
 
 
 def main() -> None:
+    wait_without_spinning()
     app()

@@ -18,6 +18,7 @@ from typing import Any
 from lora_diffusion.errors import UserError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 BITS = {"BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64}
 BITS |= {"F16": 16, "BF16": 16, "F32": 32, "F64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "C64": 64}
@@ -64,6 +65,28 @@ def read_header(path: Path) -> Header:
     except OSError as error:
         raise ContainerError(f"{path}: cannot be read ({error.strerror}).") from None
     return _parse(path, raw, data_size=status.st_size - 8 - length)
+
+
+def weight_files(folder: Path, stem: str) -> list[Path]:
+    """The safetensors files of one component of a diffusers folder, in the order in which diffusers looks for them.
+
+    They are one whole file, or the shards that its index names, or one in half precision if that is all there is.
+    Raises ContainerError if there are only pickles, nothing at all, or an index that names a file outside the folder.
+    """
+    for name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{stem}.fp16.safetensors"):
+        path = folder / name
+        if path.exists():
+            return _shards(path) if name.endswith(".json") else [path]
+    pickles = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLE_SUFFIXES)
+    if pickles:
+        raise ContainerError(
+            f"{folder}: only {pickles[0]}, a pickle, which can run code and is not opened. Download the .safetensors "
+            "variant, or convert it in a sandbox with diffusers: save_pretrained(safe_serialization=True)."
+        )
+    raise ContainerError(
+        f"{folder / stem}.safetensors is missing: {folder.parent} is not a complete diffusers folder. Copy or download "
+        "the model again."
+    )
 
 
 def with_metadata(data: bytes, metadata: Mapping[str, str]) -> bytes:
@@ -148,3 +171,18 @@ def _tensor_info(name: str, entry: Mapping[str, Any]) -> TensorInfo:
     if (end - begin) * 8 != math.prod(shape) * BITS[dtype]:
         raise ValueError(f"tensor {name[:100]!r} of shape {shape} does not fill its {end - begin} bytes")
     return TensorInfo(dtype, tuple(shape), begin, end)
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ContainerError(f"{index}: cannot be read as an index of shards ({error}). Get the file again.") from error
+    if not names:
+        raise ContainerError(f"{index}: its weight_map is empty. Get the file again.")
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ContainerError(f"{index}: names the shard {name!r}, which is not a plain file name. It is forged.")
+        if not (index.parent / name).exists():
+            raise ContainerError(f"{index.parent / name} is missing: one of {len(names)} shards. Download it again.")
+    return [index.parent / name for name in names]

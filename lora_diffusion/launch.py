@@ -1,4 +1,4 @@
-"""What `accelerate launch` leaves undone on CPUs. No torch."""
+"""What a process needs before it imports torch, and what `accelerate launch` leaves undone on CPUs. No torch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,15 @@ from collections.abc import Mapping, Sequence
 import psutil
 
 from lora_diffusion.errors import UserError
+
+
+def wait_without_spinning() -> None:
+    """Let threads of this process sleep while they wait for each other. Call it before torch is imported.
+
+    OpenMP's threads spin by default. Where other programs want the cores too, the spinning keeps the very threads from
+    running that are waited for: with four busy neighbours on two cores a training took 2.4 times as long.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def complete_cpu_launch() -> None:

@@ -23,6 +23,7 @@ from lora_diffusion.formats.metadata import TrainingFacts, build_metadata
 from lora_diffusion.generation.engine import Engine, Request
 from lora_diffusion.models.base import Conditioning, DiffusionModel
 from lora_diffusion.models.load import load_model
+from lora_diffusion.models.packed_conv import has_fast_bf16, pack_convolutions
 from lora_diffusion.progress import Track, silent
 from lora_diffusion.recipe_adapters import (
     Adapters,
@@ -32,7 +33,14 @@ from lora_diffusion.recipe_adapters import (
     merge_into_base,
     parameter_groups,
 )
-from lora_diffusion.recipe_data import TrainingSet, caption_options, fill_caches, read_training_set, token_counts
+from lora_diffusion.recipe_data import (
+    SharedBase,
+    TrainingSet,
+    caption_options,
+    fill_caches,
+    read_training_set,
+    token_counts,
+)
 from lora_diffusion.runs import RunFolder
 from lora_diffusion.training.batches import BatchSource, DrawOptions, Share, SourceOptions
 from lora_diffusion.training.export import Exporter
@@ -41,7 +49,7 @@ from lora_diffusion.training.previews import Previewer
 from lora_diffusion.training.regularise import Regulariser
 from lora_diffusion.training.resume import resume_from_newest
 from lora_diffusion.training.step import DenoisingLoss, cached_text, train_only_adapters
-from lora_diffusion.training.trainer import Plan, Trainer
+from lora_diffusion.training.trainer import Launch, Plan, Trainer
 from lora_diffusion.training.validation import Validator
 
 logger = logging.getLogger(__name__)
@@ -55,11 +63,33 @@ def build(
     """Everything a run needs, ready to `fit()`. Raises UserError before any training when an input is wrong."""
     dtype = resolve_precision(config.run.precision, accelerator.device)
     model = load_base(config, dtype, accelerator.device)
+    return build_on(SharedBase(model), config, run, accelerator, resume=resume, track=track)
+
+
+def build_on(
+    base: SharedBase,
+    config: TrainConfig,
+    run: RunFolder,
+    accelerator: Accelerator,
+    *,
+    resume: bool,
+    is_shared: bool = False,
+    track: Track = silent,
+) -> Trainer:
+    """`build` on a base that is loaded already and has no adapters in it.
+
+    is_shared: others are built on it too, so nothing of it is released.
+    """
+    model = base.model
     previewer = make_previewer(config, run, model)
     data = read_training_set(config, model, accelerator.num_processes, track)
     run_steps(config, data)
     with accelerator.main_process_first():  # one process fills the caches, the others find them filled
-        latents, text = fill_caches(config, model, data, track)
+        latents, text = fill_caches(config, base, data, track)
+    if not is_shared:
+        release_unused([config], model)
+    if accelerator.device.type == "cpu" and has_fast_bf16():
+        pack_convolutions(model.unet)
     adapters = inject_adapters(config, model, is_resumed=resume)
     if config.model.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
@@ -121,6 +151,18 @@ def load_base(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> 
     )
 
 
+def release_unused(configs: Sequence[TrainConfig], model: DiffusionModel) -> None:
+    """Free what the steps do without once all is cached. A picture asked for later loads it again, and keeps it.
+
+    configs: of all trainings on this base. With preview prompts nothing is freed: it would be loaded again before the
+    first step.
+    """
+    if any(config.preview.prompts for config in configs):
+        return
+    is_as_on_disk = not any(config.adapter.text_encoder or config.model.merge for config in configs)
+    model.release(part for part in model.reloads if part == "vae" or is_as_on_disk)
+
+
 # Assembly
 
 
@@ -180,7 +222,7 @@ def _assemble(
             steps=steps,
             min_lr_ratio=config.schedule.min_lr_ratio,
         ),
-        plan=_plan(config, steps),
+        plan=_plan(config, steps, accelerator),
         run=run,
         exporter=exporter,
         regulariser=Regulariser(named, config.run.seed, config.adapter.max_norm),
@@ -231,7 +273,7 @@ def _optimizer(config: TrainConfig, groups: list[dict[str, Any]]) -> torch.optim
     )
 
 
-def _plan(config: TrainConfig, steps: int) -> Plan:
+def _plan(config: TrainConfig, steps: int, accelerator: Accelerator) -> Plan:
     return Plan(
         steps=steps,
         accumulation=config.run.gradient_accumulation,
@@ -242,7 +284,27 @@ def _plan(config: TrainConfig, steps: int) -> Plan:
         validate_every=config.validation.every,
         log_every=config.run.log_every,
         loader_workers=config.run.loader_workers,
+        launch=_launch(config, accelerator),
     )
+
+
+def _launch(config: TrainConfig, accelerator: Accelerator) -> Launch:
+    """Whole steps as CUDA graphs where nothing in a step needs the host: no draws, no branches on values."""
+    if accelerator.device.type != "cuda" or not config.run.cuda_graph:
+        return "eager"
+    adapter = config.adapter
+    obstacles = {
+        "several processes": accelerator.num_processes > 1,
+        'precision = "fp16"': accelerator.scaler is not None,
+        "dropout": adapter.dropout + adapter.rank_dropout + adapter.module_dropout > 0,
+        "adapter.max_norm": adapter.max_norm > 0,
+        "adapter.text_encoder": adapter.text_encoder,
+        f'optimizer.name = "{config.optimizer.name}"': config.optimizer.name != "adamw",
+    }
+    if found := [name for name, is_there in obstacles.items() if is_there]:
+        logger.info("Steps are launched one operation at a time, without CUDA graphs: %s.", ", ".join(found))
+        return "eager"
+    return "graph"
 
 
 def make_previewer(config: TrainConfig, run: RunFolder, model: DiffusionModel) -> Previewer:

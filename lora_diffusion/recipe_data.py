@@ -86,26 +86,47 @@ def buckets_of(table: DatasetConfig, model: DiffusionModel) -> tuple[Bucket, ...
     )
 
 
+class SharedBase:
+    """A loaded base and its caches: trainings that share it encode a picture or a caption once and hold it once."""
+
+    def __init__(self, model: DiffusionModel) -> None:
+        self.model = model
+        self._latents: dict[Path | None, LatentCache] = {}
+        self._texts: dict[tuple[Path | None, int, int], TextCache] = {}
+
+    def latents(self, folder: Path | None) -> LatentCache:
+        """folder: None keeps the entries in memory only."""
+        if folder not in self._latents:
+            self._latents[folder] = LatentCache(folder, self.model.vae_id, self.model.encode_image)
+        return self._latents[folder]
+
+    def texts(self, folder: Path | None, clip_skip: int, chunks: int) -> TextCache:
+        """Of encodings that are read `clip_skip` layers from the end, with this many chunks of tokens."""
+
+        def encode(captions: Sequence[str]) -> dict[str, torch.Tensor]:
+            with torch.no_grad():
+                return self.model.encode_text(captions, clip_skip=clip_skip, chunks=chunks).texts()
+
+        key = (folder, clip_skip, chunks)
+        if key not in self._texts:
+            name = f"{self.model.text_encoder_id}-skip{clip_skip}-chunks{chunks}"
+            self._texts[key] = TextCache(folder, name, encode)
+        return self._texts[key]
+
+
 def fill_caches(
-    config: TrainConfig, model: DiffusionModel, data: TrainingSet, track: Track
+    config: TrainConfig, base: SharedBase, data: TrainingSet, track: Track
 ) -> tuple[LatentCache, TextCache]:
     """Encode what is not cached yet. Captions that chance makes are encoded when they come up."""
     folder = Path(config.cache.folder) if config.cache.enabled else None
-    latents = LatentCache(folder, model.vae_id, model.encode_image)
+    latents = base.latents(folder)
     for flips in (False, True):
         samples = [sample for sample in data.training if config.dataset[sample.source].flip == flips]
         samples += data.validation if not flips else ()  # validation never mirrors
         if samples:
             report = latents.fill(samples, flips=flips, batch_size=4, track=track)
             logger.info("latents%s: %s", " and mirror images" if flips else "", report)
-    chunks = config.model.max_tokens // 75
-    clip_skip = config.model.clip_skip
-
-    def encode(captions: Sequence[str]) -> dict[str, torch.Tensor]:
-        with torch.no_grad():
-            return model.encode_text(captions, clip_skip=clip_skip, chunks=chunks).texts()
-
-    text = TextCache(folder, f"{model.text_encoder_id}-skip{clip_skip}-chunks{chunks}", encode)
+    text = base.texts(folder, config.model.clip_skip, config.model.max_tokens // 75)
     if not config.adapter.text_encoder:
         text.fill(_first_captions(config, data), batch_size=16, track=track)
     return latents, text

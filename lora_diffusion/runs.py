@@ -261,19 +261,24 @@ class RunFolder:
         Raises RunFolderError if the folder cannot be written or the disk is nearly full, if it holds an unfinished run
         and `resume` is False, if there is nothing to resume, or if it holds files that are not a run's.
         """
+        self.check_start(resume=resume, min_free_bytes=min_free_bytes)
+        contents = self._contents()
+        if resume or all(entry.name in STARTING_FILES for entry in contents):
+            self.take_control()
+            return None
+        return self._move_to_previous(contents)
+
+    def check_start(self, *, resume: bool = False, min_free_bytes: int = MIN_FREE_BYTES) -> None:
+        """Raises what `prepare` would, and changes nothing."""
         self._check_writable(min_free_bytes)
         state = self.read_state()
-        if resume:
-            if state is None:
-                raise RunFolderError(
-                    f"--resume: {self.path} holds no run. Start without --resume, or check run.output for a typo."
-                )
-            self.take_control()
-            return None
-        contents = [entry for entry in sorted(self.path.iterdir()) if entry.name not in LOCK_FILES]
-        if all(entry.name in STARTING_FILES for entry in contents):
-            self.take_control()
-            return None
+        contents = self._contents()
+        if resume and state is None:
+            raise RunFolderError(
+                f"--resume: {self.path} holds no run. Start without --resume, or check run.output for a typo."
+            )
+        if resume or all(entry.name in STARTING_FILES for entry in contents):
+            return
         if state is None and not self.config.exists():
             raise RunFolderError(
                 f"{self.path} is not empty and holds no run ({contents[0].name}, …). Choose another folder with "
@@ -284,7 +289,9 @@ class RunFolder:
                 f"{self.path} holds an unfinished run ({state.status} at step {state.step} of {state.steps}). Add "
                 "--resume to continue it, or start anew in another folder with --set run.output=…"
             )
-        return self._move_to_previous(contents)
+
+    def _contents(self) -> list[Path]:
+        return [entry for entry in sorted(self.path.iterdir()) if entry.name not in LOCK_FILES]
 
     @property
     def has_checkpoint(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
@@ -42,31 +42,54 @@ def run_training(config: TrainConfig, *, resume: bool) -> Path | None:
     is_main = accelerator.is_main_process
     if not is_main:
         logging.getLogger("lora_diffusion").setLevel(logging.ERROR)
-    with run.lock() if is_main else nullcontext():
-        previous = run.prepare(resume=resume) if is_main else None
+    with (
+        run.lock() if is_main else nullcontext(),
+        recorded(config, run, resume=resume, num_processes=accelerator.num_processes) if is_main else nullcontext(),
+    ):
         accelerator.wait_for_everyone()
-        with _log_file(run.log) if is_main else nullcontext(), _recorded_end(run, resume) if is_main else nullcontext():
-            if is_main:
-                _announce(config, run, previous, resume=resume, num_processes=accelerator.num_processes)
-            try:
-                with _device(config, run, accelerator) if is_main else nullcontext():
-                    return _train(config, run, accelerator, resume=resume)
-            except NoLongerWanted:
-                run.end("stopped")
-                logger.info("Stopped while waiting for the device; nothing was trained.")
-                return None
+        try:
+            with _device(config, run, accelerator) if is_main else nullcontext():
+                return _train(config, run, accelerator, resume=resume)
+        except NoLongerWanted:
+            run.end("stopped")
+            logger.info("Stopped while waiting for the device; nothing was trained.")
+            return None
+
+
+@contextmanager
+def recorded(
+    config: TrainConfig,
+    run: RunFolder,
+    *,
+    resume: bool,
+    num_processes: int = 1,
+    hears: Callable[[logging.LogRecord], bool] = lambda _: True,
+) -> Iterator[None]:
+    """Inside, the run's folder, which is locked, is ready and tells of the run: its log, and how it ends.
+
+    hears: which log records belong to this run.
+    """
+    previous = run.prepare(resume=resume)
+    with _log_file(run.log, hears), _recorded_end(run, resume):
+        _announce(config, run, previous, resume=resume, num_processes=num_processes)
+        yield
 
 
 def _train(config: TrainConfig, run: RunFolder, accelerator: Accelerator, *, resume: bool) -> Path:
     is_main = accelerator.is_main_process
     trainer = build(config, run, accelerator, resume=resume, track=bar if is_main else silent)
-    if is_main:  # only now: a resume that was refused leaves the run's settings and state as they were
-        write_text_atomically(run.config, config.to_toml())
-        run.begin(trainer.step, trainer.plan.steps)
+    if is_main:
+        begin_recorded(config, trainer)
     adapter = trainer.fit()
     if is_main:
-        _leave_behind(config, run, trainer, adapter)
+        leave_behind(config, trainer, adapter)
     return adapter
+
+
+def begin_recorded(config: TrainConfig, trainer: Trainer) -> None:
+    """Only when the trainer is there: a resume that was refused leaves the run's settings and state as they were."""
+    write_text_atomically(trainer.run.config, config.to_toml())
+    trainer.run.begin(trainer.step, trainer.plan.steps)
 
 
 @contextmanager
@@ -106,10 +129,11 @@ def _announce(config: TrainConfig, run: RunFolder, previous: Path | None, *, res
 
 
 @contextmanager
-def _log_file(path: Path) -> Iterator[None]:
+def _log_file(path: Path, hears: Callable[[logging.LogRecord], bool]) -> Iterator[None]:
     """Also write to log.txt what is logged inside the block, and the error that ends it."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
+    handler.addFilter(hears)
     root = logging.getLogger()
     root.addHandler(handler)
     try:
@@ -158,8 +182,9 @@ def _out_of_memory(run: RunFolder) -> RunError:
     )
 
 
-def _leave_behind(config: TrainConfig, run: RunFolder, trainer: Trainer, adapter: Path) -> None:
+def leave_behind(config: TrainConfig, trainer: Trainer, adapter: Path) -> None:
     """Loss plot, contact sheet and model card; then say where everything is."""
+    run = trainer.run
     metrics = latest_per_step(read_metrics(run.metrics))
     if metrics:
         loss_plot(metrics, run.path / LOSS_PLOT, title=config.run.name)

@@ -38,8 +38,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Group (a folder, a file, or the files config*.py) → groups below it. Everything else is on top and imports freely."""
 
 ON_TOP = {
-    *("launch", "recipe", "recipe_adapters", "recipe_data", "training_run", "check"),
-    *("cli", "cli_base", "cli_files", "cli_merge", "cli_serve", "cli_queue", "cli_ui", "__main__"),
+    *("launch", "recipe", "recipe_adapters", "recipe_data", "training_run", "check", "sweep_run", "sweep_pictures"),
+    *("cli", "cli_base", "cli_files", "cli_merge", "cli_serve", "cli_sweep", "cli_queue", "cli_ui", "__main__"),
 }
 NEVER_TORCH = [
     *(
@@ -52,6 +52,7 @@ NEVER_TORCH = [
         "config_checks",
         "config_errors",
         "config_file",
+        "config_sweep",
         "runs",
         "workspace",
         "cli",
@@ -59,6 +60,7 @@ NEVER_TORCH = [
         "cli_queue",
         "cli_files",
         "cli_merge",
+        "cli_sweep",
         "cli_ui",
     ),
     *("jobs.queue", "jobs.runner", "jobs.follow", "jobs.device_lock"),

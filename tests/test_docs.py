@@ -7,7 +7,7 @@ import importlib.util
 import re
 import shlex
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import typer.main
 from lora_diffusion.cli import app
 from lora_diffusion.config import TrainConfig
 from lora_diffusion.config_errors import sections
+from lora_diffusion.config_sweep import check_together, grid, parse_variation
 from tests.test_architecture import FOUNDATION, MAY_IMPORT
 
 ROOT = Path(__file__).parents[1]
@@ -113,12 +114,22 @@ def parse_command(arguments: str) -> dict[str, Any]:
 def check_settings(values: dict[str, Any]) -> None:
     """Read the config that a command names, if it ships, with the command's overrides."""
     config, overrides = values.get("config"), values.get("overrides") or ()
-    if config is None:
+    if isinstance(config, list):
+        check_sweep(config, values["vary"] or (), overrides)
+    elif config is None:
         return
-    if config.parts[0] == "configs":
+    elif config.parts[0] == "configs":
         TrainConfig.load(ROOT / config, overrides)
     else:
         TrainConfig.parse(tomlkit.dumps(MINIMAL), overrides=overrides)
+
+
+def check_sweep(configs: list[Path], vary: Sequence[str], overrides: Sequence[str]) -> None:
+    """Make the members of a sweep that a command names; configs that do not ship are only counted."""
+    if vary:
+        check_together(grid(ROOT / configs[0], overrides, [parse_variation(text) for text in vary]))
+    else:
+        assert len(configs) > 1
 
 
 def test_there_are_pages_to_check() -> None:

@@ -16,7 +16,9 @@ from webui.api import add_api
 from webui.blocks import Pages
 from webui.components.live import live
 from webui.components.strip import render_navigation, render_strip
-from webui.pages import adapters, dataset, generate, run, runs, train
+from webui.pages import dataset, run, runs, train
+from webui.pages.adapters import page as adapters
+from webui.pages.generate import page as generate
 from webui.services.machine import read_machine
 from webui.services.site import Site
 from webui.translate import Translator

@@ -1,4 +1,7 @@
-"""The words of the UI. English and German have the same keys; a test holds them together."""
+"""The words of the UI. English and German have the same keys; a test holds them together.
+
+What the settings of a training mean stands in `config.py`, in English; other languages have a file in `i18n/settings/`.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,10 @@ class Translator:
         text = words(self.language)[key]
         return text.format(**values) if values else text
 
+    def setting(self, name: str, label: str, about: str) -> tuple[str, str]:
+        """Label and description of a key or section of the config. label, about: in English, the config's own words."""
+        return settings(self.language).get(name, (label, about))
+
     def href(self, path: str) -> str:
         """The address of a page in this language."""
         return f"{self.prefix}{path}"
@@ -35,3 +42,12 @@ class Translator:
 def words(language: str) -> dict[str, str]:
     """Key → text."""
     return json.loads((FOLDER / f"{language}.json").read_text(encoding="utf-8"))
+
+
+@cache
+def settings(language: str) -> dict[str, tuple[str, str]]:
+    """`run.steps` or `run` → label and description. Empty for English."""
+    path = FOLDER / "settings" / f"{language}.json"
+    if language == "en":
+        return {}
+    return {name: (label, about) for name, (label, about) in json.loads(path.read_text(encoding="utf-8")).items()}

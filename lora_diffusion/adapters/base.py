@@ -98,7 +98,15 @@ class Adapter(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: what `base` takes. Returns what `base` would with the changed weight, in the base's dtype."""
-        output: Tensor = self.base(x)
+        x = self.before_base(x)
+        return self.after_base(x, self.base(x))
+
+    def before_base(self, x: Tensor) -> Tensor:
+        """What the base layer is given for `x`: the first half of `forward`, for who computes the base for several."""
+        return x
+
+    def after_base(self, x: Tensor, output: Tensor) -> Tensor:
+        """The result of `forward`. x: from `before_base`. output: what the base layer made of it."""
         if self.strength == 0 or self.is_dropped():
             return output  # bit for bit the base
         return output + self.change(x, self.strength).to(output.dtype)

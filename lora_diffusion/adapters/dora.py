@@ -48,30 +48,37 @@ class DoRA(Adapter):
         weight = full_weight(self.base)
         return self._ratio() * (weight + self.direction.delta()) - weight
 
-    def forward(self, x: Tensor) -> Tensor:
+    def before_base(self, x: Tensor) -> Tensor:
+        return x if self.strength != 1 or self.is_dropped() else self._scaled(x)
+
+    def after_base(self, x: Tensor, output: Tensor) -> Tensor:
         if self.strength != 1 or self.is_dropped():
-            return super().forward(x)
-        return self._whole(x)
+            return super().after_base(x, output)
+        return self._changed(x, output)
 
     def change(self, x: Tensor, strength: float | Tensor) -> Tensor:
-        return ((self._whole(x) - self.base(x)) * strength).to(x.dtype)
+        scaled = self._scaled(x)
+        return ((self._changed(scaled, self.base(scaled)) - self.base(x)) * strength).to(x.dtype)
 
-    def _whole(self, x: Tensor) -> Tensor:
-        """`x` through W + delta and the bias, without ever keeping a tensor of the weight's size for backward."""
+    def _scaled(self, x: Tensor) -> Tensor:
+        """The base's input where magnitudes are per input: scaling the weight's columns is scaling the inputs."""
+        return (x * self._per_channel(self._ratio(), x)).to(x.dtype) if self._axis == 1 else x
+
+    def _changed(self, scaled: Tensor, output: Tensor) -> Tensor:
+        """`x` through W + delta and the bias, without ever keeping a tensor of the weight's size for backward.
+
+        scaled: of `_scaled(x)`. output: what the base made of that.
+        """
         self.direction.dropout, self.direction.dropout_seed = self.dropout, self.dropout_seed
-        ratio = self._ratio()
-        if self._axis == 1:  # scaling the weight's columns is scaling the inputs
-            scaled = (x * self._per_channel(ratio, x)).to(x.dtype)
-            output: Tensor = self.base(scaled)
-            return output + self.direction.change(scaled, 1.0).to(output.dtype)
-        output = self.base(x)
+        change = self.direction.change(scaled, 1.0)
+        if self._axis == 1:
+            return output + change.to(output.dtype)
+        ratio = self._per_channel(self._ratio(), output)
         bias = self.base.bias
         if bias is not None:  # pyright: ignore[reportUnnecessaryComparison]
             shift = bias if isinstance(self.base, nn.Linear) else bias[:, None, None]
-            return ((output - shift + self.direction.change(x, 1.0)) * self._per_channel(ratio, output) + shift).to(
-                output.dtype
-            )
-        return ((output + self.direction.change(x, 1.0)) * self._per_channel(ratio, output)).to(output.dtype)
+            return ((output - shift + change) * ratio + shift).to(output.dtype)
+        return ((output + change) * ratio).to(output.dtype)
 
     def tensors(self) -> dict[str, Tensor]:
         return self.direction.tensors() | {DORA_SCALE: self.dora_scale.detach()}

@@ -12,10 +12,10 @@ Layer = nn.Linear | nn.Conv2d
 
 @runtime_checkable
 class Quantised(Protocol):
-    """A Linear that keeps its weight packed: `weight` has the real one's shape, dtype and device, but no values."""
+    """A layer that keeps its weight packed: `weight` has the real one's shape, dtype and device, but no values."""
 
     def dequantised_weight(self) -> Tensor:
-        """The real weight (out, in), in the dtype that the layer computes with."""
+        """The real weight (out, in[, k, k]), in the dtype that the layer computes with."""
         ...
 
 

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from lora_diffusion.adapters.base import Adapter, changed_weight
 from lora_diffusion.adapters.frozen import Layer, Quantised
+from lora_diffusion.adapters.joint import JointAdapters, JointLayout
 from lora_diffusion.adapters.stack import AdapterStack
 from lora_diffusion.errors import UserError
 
-Wrapper = TypeVar("Wrapper", Adapter, AdapterStack)
+Wrapper = TypeVar("Wrapper", Adapter, AdapterStack, JointAdapters)
 
 _ATTENTION = (
     r"\.attn[12]\.to_(q|k|v|out\.0)$",  # UNet
@@ -83,6 +84,17 @@ def eject(root: nn.Module, adapters: Mapping[str, Adapter] | Mapping[str, Adapte
         root.set_submodule(path, adapter.base)
 
 
+def join(root: nn.Module, trainings: Sequence[Mapping[str, Adapter]], layout: JointLayout) -> dict[str, JointAdapters]:
+    """Put the adapters of several trainings, by path and ejected, around their layers together."""
+    layers = {path: adapter.base for adapters in trainings for path, adapter in adapters.items()}
+
+    def make(path: str, layer: Layer) -> JointAdapters:
+        own = {number: adapters[path] for number, adapters in enumerate(trainings) if path in adapters}
+        return JointAdapters(layer, layout, own)
+
+    return inject(root, layers, make)
+
+
 @torch.no_grad()
 def merge(root: nn.Module, adapters: Mapping[str, Adapter]) -> None:
     """Write W + strength · delta into the layers, then eject.
@@ -93,14 +105,28 @@ def merge(root: nn.Module, adapters: Mapping[str, Adapter]) -> None:
     eject(root, adapters)
     for path, adapter in adapters.items():
         if isinstance(adapter.base, Quantised):
-            adapter.base = _plain_linear(adapter.base, adapter.base.dequantised_weight())
+            adapter.base = _plain_layer(adapter.base, adapter.base.dequantised_weight())
             root.set_submodule(path, adapter.base)
         adapter.base.weight.copy_(changed_weight(adapter))
 
 
-def _plain_linear(layer: Layer, weight: Tensor) -> nn.Linear:
-    """A frozen Linear with `weight` and the bias of `layer`."""
-    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+def _plain_layer(layer: Layer, weight: Tensor) -> Layer:
+    """A frozen Linear or Conv2d with `weight`, and the rest as in `layer`."""
+    if isinstance(layer, nn.Linear):
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    else:
+        plain = nn.Conv2d(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,  # pyright: ignore[reportArgumentType]  # declared wider than it is
+            layer.stride,  # pyright: ignore[reportArgumentType]
+            layer.padding,  # pyright: ignore[reportArgumentType]
+            layer.dilation,  # pyright: ignore[reportArgumentType]
+            layer.groups,
+            bias=False,
+            padding_mode=layer.padding_mode,
+            device="meta",
+        )
     plain.weight = nn.Parameter(weight, requires_grad=False)
     bias = layer.bias
     plain.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
@@ -127,7 +153,7 @@ def _free_layers(root: nn.Module, prefix: str = "") -> dict[str, Layer]:
         path = f"{prefix}{name}"
         if isinstance(module, nn.Linear | nn.Conv2d):
             layers[path] = module
-        elif not isinstance(module, Adapter | AdapterStack):
+        elif not isinstance(module, Adapter | AdapterStack | JointAdapters):
             layers |= _free_layers(module, f"{path}.")
     return layers
 

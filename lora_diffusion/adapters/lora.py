@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lora_diffusion.adapters.base import Adapter, Layer, apply_weight
 from lora_diffusion.adapters.fitting import alpha_of, check_fit
 from lora_diffusion.adapters.frozen import full_weight
+from lora_diffusion.adapters.fused import can_fuse, lora_linear
 from lora_diffusion.adapters.geometry import ALPHA, DOWN, MID, UP, Geometry
 from lora_diffusion.adapters.initialise import INITS
 
@@ -71,6 +72,13 @@ class LoRA(Adapter):
         if self.start_down is None or self.start_up is None:
             return down, up
         return torch.cat([down - self.start_down, self.start_down]), torch.cat([up, up - self.start_up], dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        drops_parts = self.dropout_seed is not None and (self.dropout.element > 0 or self.dropout.rank > 0)
+        if self.strength == 0 or drops_parts or self.is_dropped() or not can_fuse(x, self.base):
+            return super().forward(x)
+        assert isinstance(self.base, nn.Linear)
+        return lora_linear(x, self.base, *self.factors(), self.strength * self.scale)
 
     def change(self, x: Tensor, strength: float | Tensor) -> Tensor:
         down, up = (factor.to(x.dtype) for factor in self.factors())

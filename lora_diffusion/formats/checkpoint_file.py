@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_diffusion.container import Header, read_header
+from lora_diffusion.container import PICKLE_SUFFIXES, Header, read_header, weight_files
 from lora_diffusion.errors import RunError
 from lora_diffusion.files import CHUNK_BYTES, sync_folder
 from lora_diffusion.formats.checkpoint_layout import (
@@ -37,7 +37,6 @@ Change = Callable[[Tensor], Tensor]
 PARTS = {"unet": "diffusion_pytorch_model", "text_encoder": "model", "text_encoder_2": "model"}
 """Components of a diffusers folder that adapters change → the stem of their weight files."""
 
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPES = {
     **{"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64},
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool, "U8": torch.uint8},
@@ -74,7 +73,9 @@ class BaseWeights:
             layout = layout_of_checkpoint(path, header)
             return cls(path, layout.family, layout.layers, layout.others, {path: header})
         folders = {part: path / part for part in PARTS if part == "unet" or (path / part).is_dir()}
-        parts = {part: {file: read_header(file) for file in _weight_files(folders[part], part)} for part in folders}
+        parts = {
+            part: {file: read_header(file) for file in weight_files(folders[part], PARTS[part])} for part in folders
+        }
         layout = layout_of_folder(path, parts)
         headers = {file: header for files in parts.values() for file, header in files.items()}
         return cls(path, layout.family, layout.layers, layout.others, headers)
@@ -214,36 +215,6 @@ def _check_out(source: Path, out: Path) -> None:
         raise BaseFileError(f"{out}: the result is {form} .safetensors like the base {source}. Give another name.")
     if source.is_dir() and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(source)):
         raise BaseFileError(f"{out}: lies inside the base {source}, which is never changed. Give a place outside it.")
-
-
-def _weight_files(folder: Path, part: str) -> list[Path]:
-    """The component's files in the order in which diffusers looks for them: whole, in shards, in half precision."""
-    stem = PARTS[part]
-    for name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{stem}.fp16.safetensors"):
-        path = folder / name
-        if path.exists():
-            return _shards(path) if name.endswith(".json") else [path]
-    pickles = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLE_SUFFIXES)
-    if pickles:
-        raise BaseFileError(
-            f"{folder}: only {pickles[0]}, a pickle, which can run code and is not opened. Download the .safetensors "
-            "variant of the model."
-        )
-    raise BaseFileError(
-        f"{folder / stem}.safetensors is missing: {folder.parent} is not a complete diffusers folder. Copy or download "
-        "the model again."
-    )
-
-
-def _shards(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise BaseFileError(f"{index}: cannot be read as an index of shards ({error}). Get the file again.") from error
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise BaseFileError(f"{index}: names the shard {name!r}, which is not a plain file name. It is forged.")
-    return [index.parent / name for name in names]
 
 
 def _regular_files(folder: Path) -> Iterator[Path]:

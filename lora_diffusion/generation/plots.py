@@ -12,6 +12,7 @@ from lora_diffusion.files import write_bytes_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 RAW = "#8fb3d9"
 SMOOTH = "#1f5fa8"
@@ -19,6 +20,9 @@ VALIDATION = "#c2571a"
 RATE = "#5b6770"
 TEXT = "#2b2e33"
 GRID = "#e4e4e0"
+RUNS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+"""Colours that the colour-blind tell apart (Okabe & Ito 2008), without the yellow, which is faint on white."""
+LINES = ("-", ":", "-.")
 
 WIDTH_PX, HEIGHT_PX, DPI = 900, 520, 100
 
@@ -34,11 +38,7 @@ def loss_plot(metrics: Sequence[Mapping[str, Any]], path: Path, title: str = "")
     steps, losses = series(metrics, "loss")
     if not steps:
         raise ValueError("no line of the metrics has a loss to draw")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH_PX / DPI, HEIGHT_PX / DPI), dpi=DPI, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)  # no pyplot: it keeps global state and picks a display
+    figure = _new_figure()
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     _draw_losses(top, steps, losses, metrics)
     _draw_rates(bottom, metrics)
@@ -46,11 +46,36 @@ def loss_plot(metrics: Sequence[Mapping[str, Any]], path: Path, title: str = "")
         top.set_title(title, loc="left", fontsize=12, color=TEXT, fontweight="bold")
     for axes in (top, bottom):
         _style(axes)
-    bottom.set_xlabel("step", color=TEXT)
-    bottom.xaxis.get_major_locator().set_params(integer=True)
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    write_bytes_atomically(path, file.getvalue())
+    _count_steps(bottom)
+    _write(figure, path)
+
+
+def losses_plot(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, title: str = "") -> None:
+    """Write a 900 px PNG of several runs' losses: moving averages, and validation losses dashed.
+
+    curves: label → lines of metrics.jsonl in order. Raises ValueError when none has a loss.
+    """
+    losses = {label: series(metrics, "loss") for label, metrics in curves.items()}
+    if not any(steps for steps, _ in losses.values()):
+        raise ValueError("no line of the metrics has a loss to draw")
+    figure = _new_figure()
+    axes = figure.subplots()
+    for number, (label, (steps, values)) in enumerate(losses.items()):
+        colour, line = RUNS[number % len(RUNS)], LINES[number // len(RUNS) % len(LINES)]
+        averages = smooth(values, max(1.0, len(values) * _SMOOTHING_FRACTION))
+        marker = "o" if len(steps) < 3 else ""
+        axes.plot(steps, averages, color=colour, linestyle=line, linewidth=1.8, marker=marker, label=label)
+        measured, validation = series(curves[label], "val_loss")
+        if measured:
+            name = f"{label}, validation"
+            axes.plot(measured, validation, color=colour, linewidth=1, linestyle="--", marker="o", ms=3, label=name)
+    if title:
+        axes.set_title(title, loc="left", fontsize=12, color=TEXT, fontweight="bold")
+    axes.set_ylabel("loss, smoothed", color=TEXT)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9, labelcolor=TEXT)
+    _style(axes)
+    _count_steps(axes)
+    _write(figure, path)
 
 
 def series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
@@ -58,6 +83,27 @@ def series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], l
     found = [(int(line["step"]), float(line[key])) for line in metrics if line.get(key) is not None]
     found = [(step, value) for step, value in found if math.isfinite(value)]
     return [step for step, _ in found], [value for _, value in found]
+
+
+def _new_figure() -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH_PX / DPI, HEIGHT_PX / DPI), dpi=DPI, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)  # no pyplot: it keeps global state and picks a display
+    return figure
+
+
+def _count_steps(axes: Axes) -> None:
+    axes.set_xlabel("step", color=TEXT)
+    locator: Any = axes.xaxis.get_major_locator()
+    locator.set_params(integer=True)
+
+
+def _write(figure: Figure, path: Path) -> None:
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    write_bytes_atomically(path, file.getvalue())
 
 
 def smooth(values: Sequence[float], half_life: float) -> list[float]:

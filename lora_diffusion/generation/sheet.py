@@ -13,6 +13,7 @@ from lora_diffusion.errors import UserError
 from lora_diffusion.generation.grid import contact_sheet, stacked
 from lora_diffusion.generation.infotext import add_fields, write_parameters
 from lora_diffusion.generation.request import Request, format_number
+from lora_diffusion.generation.samplers import sampler_named
 
 if TYPE_CHECKING:
     from lora_diffusion.generation.engine import Engine, OnStep
@@ -182,6 +183,11 @@ def _replace_in_prompt(request: Request, value: str, axis: Axis) -> Request:
     return replace(request, prompt=prompt, negative=negative)
 
 
+def _set_sampler(request: Request, value: str, _axis: Axis) -> Request:
+    sampler_named(value)  # refuses what there is not
+    return replace(request, sampler=value)
+
+
 def _number(text: str, axis: str) -> float:
     try:
         return float(text)
@@ -203,7 +209,7 @@ AXES: dict[str, Callable[[Request, str, Axis], Request]] = {
     "prompt": _replace_in_prompt,
     "seed": lambda request, value, _: replace(request, seed=_whole(value, "seed")),
     "cfg": lambda request, value, _: replace(request, cfg=_number(value, "cfg")),
-    "sampler": lambda request, value, _: replace(request, sampler=value),
+    "sampler": _set_sampler,
     "steps": lambda request, value, _: replace(request, steps=_whole(value, "steps")),
 }
 """Settings that can be varied, in the order in which they are applied."""

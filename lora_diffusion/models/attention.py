@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Literal
 
 import torch
@@ -36,13 +37,22 @@ def set_attention(unet: UNet2DConditionModel, kind: AttentionKind, device: torch
 
 
 class FasterOnCPU(AttnProcessor2_0):
-    """Plain or fused attention, whichever is faster for the layer's size.
+    """Plain or fused attention, whichever is faster for the layer's size, its dtype and the processor.
 
-    torch's fused CPU kernel wins only on long sequences: at 1024 x 1024 tokens it took 55 ms forward and backward
-    against 64, but 11.3 against 5.2 at 1024 x 77 and 8.3 against 3.9 at 256 x 256 (SD 1.5, bfloat16, torch 2.13).
+    Forward and backward, milliseconds, fused against plain (SD 1.5, batch 1, one core, torch 2.13):
+
+    | tokens | bfloat16, AMX | bfloat16, AVX512 | float32 |
+    | --- | --- | --- | --- |
+    | 1024 x 1024 | 55, 64 | 63, 40 | 75, 135 |
+    | 512 x 512 | | 35, 18 | 31, 29 |
+    | 256 x 256 | 8.3, 3.9 | 8.7, 4.1 | 7.6, 7.0 |
+    | 1024 x 77 | 11.3, 5.2 | 8.4, 4.6 | 7.3, 6.8 |
+
+    Beyond 1024 x 1024 the plain one would keep too much for the backward pass.
     """
 
     MAX_PLAIN_PAIRS = 300**2
+    MAX_PLAIN_PAIRS_OF_BF16_WITHOUT_AMX = 1024**2
 
     def __call__(
         self,
@@ -54,6 +64,15 @@ class FasterOnCPU(AttnProcessor2_0):
     ) -> Tensor:
         """hidden_states: (B, N, C). encoder_hidden_states: (B, M, D), or None for self-attention."""
         keys = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        is_short = hidden_states.shape[1] * keys.shape[1] <= self.MAX_PLAIN_PAIRS
+        is_short = hidden_states.shape[1] * keys.shape[1] <= self._max_plain_pairs(hidden_states.dtype)
         compute = AttnProcessor() if is_short else super().__call__
         return compute(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+
+    def _max_plain_pairs(self, dtype: torch.dtype) -> int:
+        has_slow_kernel = dtype == torch.bfloat16 and not _has_amx()
+        return self.MAX_PLAIN_PAIRS_OF_BF16_WITHOUT_AMX if has_slow_kernel else self.MAX_PLAIN_PAIRS
+
+
+@cache
+def _has_amx() -> bool:
+    return torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]

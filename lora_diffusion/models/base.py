@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, ClassVar
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lora_diffusion.diffusion.schedule import NoiseSchedule
 from lora_diffusion.ldm_names import unet_to_ldm
 from lora_diffusion.models.errors import ModelError
+from lora_diffusion.models.heap import trim_heap
 from lora_diffusion.models.schedules import schedule_of
 from lora_diffusion.models.vae import CheckedVAE
 
@@ -83,29 +84,21 @@ class Part:
 
     file_prefix: "lora_unet", "lora_te". file_root: a level that files have and module paths may lack, such as the
     "text_model." that transformers 5 dropped from CLIP. rename: from a rooted path to the path in files, where they
-    differ. others: (prefix, rename) of each further spelling that files are found with.
+    differ.
     """
 
     module: nn.Module
     file_prefix: str
     file_root: str = ""
     rename: Rename | None = None
-    others: tuple[tuple[str, Rename | None], ...] = ()
 
     def file_name(self, path: str) -> str:
         """The name in kohya files of the layer at dotted `path`: "lora_unet_down_blocks_0_…_attn1_to_q".
 
         Raises ValueError for what is no layer, if files have other names than modules.
         """
-        return self._name(path, self.file_prefix, self.rename)
-
-    def aliases(self, path: str) -> tuple[str, ...]:
-        """Other names under which files may have this layer."""
-        return tuple(self._name(path, prefix, rename) for prefix, rename in self.others)
-
-    def _name(self, path: str, prefix: str, rename: Rename | None) -> str:
         rooted = path if path.startswith(self.file_root) else self.file_root + path
-        return f"{prefix}_{rename(rooted) if rename else rooted}".replace(".", "_")
+        return f"{self.file_prefix}_{self.rename(rooted) if self.rename else rooted}".replace(".", "_")
 
 
 class DiffusionModel(nn.Module, ABC):
@@ -134,6 +127,9 @@ class DiffusionModel(nn.Module, ABC):
         self.dtype = dtype
         self.scheduler_config = dict(scheduler_config)
         self.schedule = schedule_of(scheduler_config)
+        self.reloads: dict[str, Callable[[], nn.Module]] = {}
+        """Parts that can be loaded again ("vae", "text_encoder", …), and how: what `release` may free."""
+        self._released: set[str] = set()
         self._checked_vae = CheckedVAE(vae)
         # Parameters stay the same objects when adapters wrap their layers, so the ids below do not depend on adapters.
         self._vae_weights = tuple(vae.named_parameters())
@@ -186,6 +182,25 @@ class DiffusionModel(nn.Module, ABC):
         Runs in the UNet's dtype, returns that of `noisy`.
         """
 
+    def release(self, parts: Iterable[str]) -> None:
+        """Free the weights of these parts, of which `reloads` knows how to get them again.
+
+        They come back by themselves when they are needed, as they were on disk, and then stay.
+        """
+        for part in set(parts) - self._released:
+            for parameter in self.get_submodule(part).parameters():
+                parameter.data = parameter.data.new_empty(0)  # the same object: ids and adapters refer to it
+            self._released.add(part)
+        trim_heap()
+
+    def need(self, *parts: str) -> None:
+        """Load again what `release` freed of these parts."""
+        for part in self._released.intersection(parts):
+            fresh = dict(self.reloads[part]().named_parameters())
+            for name, parameter in self.get_submodule(part).named_parameters():
+                parameter.data = fresh[name].data.to(parameter.device)
+            self._released.remove(part)
+
     @torch.no_grad()
     def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the scaled latents, each float32 (B, C, H/f, W/f).
@@ -193,6 +208,7 @@ class DiffusionModel(nn.Module, ABC):
         pixels: (B, 3, H, W) in [-1, 1]; H and W multiples of the latent factor f. Not finite where even float32
         overflows.
         """
+        self.need("vae")
         posterior = DiagonalGaussianDistribution(self._checked_vae.encode(pixels))
         scale, shift = self._latent_scale
         return (posterior.mean - shift) * scale, posterior.std * scale
@@ -200,6 +216,7 @@ class DiffusionModel(nn.Module, ABC):
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Pixels of scaled latents (B, C, h, w): float32 (B, 3, h·f, w·f), clamped to [-1, 1]; NaN for overflow."""
+        self.need("vae")
         scale, shift = self._latent_scale
         pixels = self._checked_vae.decode(latents.float() / scale + shift)
         return pixels.clamp(-1, 1).masked_fill(~pixels.isfinite(), torch.nan)
@@ -211,11 +228,13 @@ class DiffusionModel(nn.Module, ABC):
     @cached_property
     def vae_id(self) -> str:
         """A hash of everything that decides the latents, the VAE's dtype included: the key of cached latents."""
+        self.need("vae")
         return weights_id("vae", self._vae_weights, self._latent_scale, self.vae.config["norm_num_groups"])
 
     @cached_property
     def text_encoder_id(self) -> str:
         """A hash of everything that decides the text encoding: the key of cached embeddings."""
+        self.need("text_encoder", "text_encoder_2")
         return self.hash_text_encoder()
 
     @property

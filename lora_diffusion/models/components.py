@@ -16,12 +16,12 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from lora_diffusion.container import weight_files
 from lora_diffusion.ldm_names import Place
 from lora_diffusion.models.errors import ModelError
 from lora_diffusion.models.tokenizers import read_tokenizer
 from lora_diffusion.models.weights import Stored, TensorFile, fill, misfits
 
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 PARTS = {"sd1": ("unet", "vae", "text_encoder"), "sd2": ("unet", "vae", "text_encoder")}
 PARTS |= {"sdxl": ("unet", "vae", "text_encoder", "text_encoder_2")}
 """Family → its modules, which are also the names of their folders."""
@@ -50,11 +50,16 @@ class Components:
 
 def read_folder(folder: Path, family: str, dtypes: Dtypes) -> Components:
     """The parts in a diffusers folder; raises ModelError naming the file that is missing, damaged or does not fit."""
-    modules = {part: empty_module(part, read_json(folder / part / "config.json")) for part in PARTS[family]}
-    for part, module in modules.items():
-        _load(module, folder / part, dtypes.of(part), _rename(part, module))
+    modules = {part: read_part(folder, part, dtypes.of(part)) for part in PARTS[family]}
     tokenizers = [part.replace("text_encoder", "tokenizer") for part in modules if part.startswith("text_encoder")]
     return Components(modules, {name: read_tokenizer(folder / name) for name in tokenizers})
+
+
+def read_part(folder: Path, part: str, dtype: torch.dtype) -> nn.Module:
+    """One part of a diffusers folder, on the CPU. Raises ModelError as `read_folder` does."""
+    module = empty_module(part, read_json(folder / part / "config.json"))
+    _load(module, folder / part, dtype, _rename(part, module))
+    return module
 
 
 def empty_module(part: str, config: Mapping[str, Any]) -> nn.Module:
@@ -86,37 +91,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelError(f"{path}: should hold a JSON object, holds {type(value).__name__}.")
     return value
-
-
-def weight_files(folder: Path, stem: str) -> list[Path]:
-    """The safetensors files of one component: one, or the shards its index names; half precision if it is all there is.
-
-    Raises ModelError if there are only pickles, nothing at all, or an index that names a file outside the folder.
-    """
-    for name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{stem}.fp16.safetensors"):
-        path = folder / name
-        if path.exists():
-            return _shards(path) if name.endswith(".json") else [path]
-    pickles = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLE_SUFFIXES)
-    if pickles:
-        raise ModelError(
-            f"{folder}: only {pickles[0]}, a pickle, which can run code and is not opened. Download the "
-            ".safetensors variant, or convert it in a sandbox with diffusers: save_pretrained(safe_serialization=True)."
-        )
-    raise ModelError(f"{folder / stem}.safetensors is missing. Copy or download the model again.")
-
-
-def _shards(index: Path) -> list[Path]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError(f"{index}: has no weight_map. Get the file again.")
-    names = sorted({str(name) for name in weight_map.values()})
-    for name in names:
-        if Path(name).name != name:
-            raise ModelError(f"{index}: names the shard {name!r}, which is not a plain file name. The file is forged.")
-        if not (index.parent / name).exists():
-            raise ModelError(f"{index.parent / name} is missing: one of {len(names)} shards. Download it again.")
-    return [index.parent / name for name in names]
 
 
 def _load(module: nn.Module, folder: Path, dtype: torch.dtype, rename: Rename) -> None:

@@ -36,8 +36,8 @@ class OneEncoderModel(DiffusionModel):
     @property
     def parts(self) -> dict[str, Part]:
         return {
-            "unet": Part(self.unet, "lora_unet", others=(("lora_unet", self.unet_to_ldm),)),
-            "text_encoder": Part(self.text_encoder, "lora_te", "text_model.", others=(("lora_te1", None),)),
+            "unet": Part(self.unet, "lora_unet"),
+            "text_encoder": Part(self.text_encoder, "lora_te", "text_model."),
         }
 
     def hash_text_encoder(self) -> str:
@@ -54,6 +54,7 @@ class OneEncoderModel(DiffusionModel):
         clip.check_clip_skip(self.text_encoder, clip_skip)
 
     def encode_text(self, captions: Sequence[str], *, clip_skip: int = 1, chunks: int | None = 1) -> Conditioning:
+        self.need("text_encoder")
         ids = clip.tokenize(self.tokenizer, captions, length=self.max_tokens, chunks=chunks)
         return Conditioning(clip.encode(self.text_encoder, ids, clip_skip))
 

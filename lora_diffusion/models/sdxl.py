@@ -48,8 +48,8 @@ class SDXL(DiffusionModel):
     def parts(self) -> dict[str, Part]:
         """Files name the UNet's layers as the original code does: "lora_unet_input_blocks_4_1_proj_in"."""
         return {
-            "unet": Part(self.unet, "lora_unet", rename=self.unet_to_ldm, others=(("lora_unet", None),)),
-            "text_encoder": Part(self.text_encoder, "lora_te1", "text_model.", others=(("lora_te", None),)),
+            "unet": Part(self.unet, "lora_unet", rename=self.unet_to_ldm),
+            "text_encoder": Part(self.text_encoder, "lora_te1", "text_model."),
             "text_encoder_2": Part(self.text_encoder_2, "lora_te2", "text_model."),
         }
 
@@ -86,6 +86,7 @@ class SDXL(DiffusionModel):
     def encode_text(self, captions: Sequence[str], *, clip_skip: int = 1, chunks: int | None = 1) -> Conditioning:
         """Both encoders' last layer but one, side by side; pooled is the second one's, of the first chunk."""
         self.check_clip_skip(clip_skip)
+        self.need("text_encoder", "text_encoder_2")
         ids = clip.tokenize(self.tokenizer, captions, length=self.max_tokens, chunks=chunks)
         ids_2 = clip.tokenize(self.tokenizer_2, captions, length=self.max_tokens, chunks=ids.shape[1])
         hidden = clip.encode_penultimate(self.text_encoder, ids)

@@ -15,7 +15,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from lora_diffusion.errors import RunError
-from lora_diffusion.files import sha256_of
+from lora_diffusion.files import sha256_of, sync_folder
 
 ADAPTER = "adapter.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -129,7 +129,7 @@ def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
         _write_fsynced(folder / name, data)
         manifest["files"][name] = {"bytes": len(data), "sha256": sha256_of(folder / name)}
     _write_fsynced(folder / MANIFEST, _json(manifest))
-    _fsync_folder(folder)
+    sync_folder(folder)
 
 
 def _publish(temporary: Path, target: Path) -> None:
@@ -140,7 +140,7 @@ def _publish(temporary: Path, target: Path) -> None:
         shutil.rmtree(discarded, ignore_errors=True)
     else:
         temporary.rename(target)
-    _fsync_folder(target.parent)
+    sync_folder(target.parent)
 
 
 def _rotate(folder: Path, keep: int) -> None:
@@ -157,16 +157,6 @@ def _write_fsynced(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _fsync_folder(folder: Path) -> None:
-    if os.name == "nt":  # Windows cannot open a folder; its renames are journalled
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _split_tensors(value: Any) -> tuple[dict[str, Tensor], Any]:

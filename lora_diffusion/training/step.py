@@ -43,11 +43,18 @@ class DenoisingLoss(nn.Module):
         text: the captions' encoding where it is cached; None encodes them here, so that gradients
         reach the text encoder's adapter.
         """
-        schedule = self.model.schedule
         if text is None:
             text = self.encode(batch.captions)
-        noisy = schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
-        prediction = self.model.predict(noisy, batch.timesteps, text.with_size(batch.sizes))
+        prediction = self.model.predict(self.noisy(batch), batch.timesteps, text.with_size(batch.sizes))
+        return self.compare(batch, prediction)
+
+    def noisy(self, batch: Batch) -> Tensor:
+        """What the model is shown: (B, C, H, W)."""
+        return self.model.schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
+
+    def compare(self, batch: Batch, prediction: Tensor) -> Tensor:
+        """Weighted loss of each sample, (B,), float32, of what the model predicted for `noisy(batch)`."""
+        schedule = self.model.schedule
         target = schedule.target(batch.latents, batch.noise, batch.timesteps)
         losses = per_sample_loss(prediction.float(), target.float(), self.loss)  # (B, C, H, W) → (B,)
         return losses * self.weigh(schedule.snr(batch.timesteps), schedule.prediction, self.gamma)

@@ -107,9 +107,6 @@ def test_file_names_of_all_layers_of_all_parts_differ(model: DiffusionModel) -> 
     assert len(names) == len(set(names)) > 100
     assert "unet" in model.parts
     assert all("." not in name and name.startswith("lora_") for name in names)
-    aliases = [alias for part, path in layers for alias in part.aliases(path)]
-    assert len(aliases) == len(set(aliases)) > 100
-    assert not set(aliases) & set(names)
 
 
 def test_ids_and_metadata_names_are_there(model: DiffusionModel) -> None:

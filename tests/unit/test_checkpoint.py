@@ -77,7 +77,7 @@ class _Crash(BaseException):
 
 def test_crash_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every write, fsync and rename of a save is made the last thing that happens, one after the other."""
-    operations = [(module, "_write_fsynced"), (module, "_fsync_folder"), (Path, "rename"), (shutil, "rmtree")]
+    operations = [(module, "_write_fsynced"), (module, "sync_folder"), (Path, "rename"), (shutil, "rmtree")]
     originals = {(owner, name): getattr(owner, name) for owner, name in operations}
     for crash_at in range(1, 100):
         folder = tmp_path / str(crash_at)

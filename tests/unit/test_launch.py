@@ -1,6 +1,10 @@
-"""Several CPU processes are started, or it is an error: never one in silence."""
+"""Threads do not spin; several CPU processes are started, or it is an error: never one in silence."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -33,3 +37,18 @@ def test_a_single_process_and_a_ranked_one_are_complete(environment: dict[str, s
 )
 def test_the_number_of_processes_is_read_from_the_command_line(words: str, count: int | None) -> None:
     assert num_processes_of(words.split()) == count
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks GNU's OpenMP, which torch has on Linux")
+def test_threads_of_torch_sleep_while_they_wait() -> None:
+    code = "from lora_diffusion.launch import wait_without_spinning as w; w(); import torch"
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment | {"OMP_DISPLAY_ENV": "true", "PYTHONPATH": os.pathsep.join(sys.path)},
+        stderr=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in process.stderr

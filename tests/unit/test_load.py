@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lora_diffusion.container import ContainerError
 from lora_diffusion.errors import UserError
 from lora_diffusion.models.base import ModelError
 from lora_diffusion.models.load import load_model
@@ -131,14 +132,14 @@ def test_sharded_weights_are_loaded_whole(folder: Path) -> None:
 def test_a_missing_shard_is_named(folder: Path) -> None:
     split_into_shards(folder / UNET_WEIGHTS)
     (folder / "unet" / "diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"00002-of-00002.safetensors is missing: one of 2 shards"):
+    with pytest.raises(ContainerError, match=r"00002-of-00002.safetensors is missing: one of 2 shards"):
         load(folder)
 
 
 def test_an_index_cannot_name_files_outside_its_folder(folder: Path) -> None:
     index = split_into_shards(folder / UNET_WEIGHTS)
     index.write_text(json.dumps({"weight_map": {"conv_in.weight": "../vae/diffusion_pytorch_model.safetensors"}}))
-    with pytest.raises(ModelError, match="not a plain file name"):
+    with pytest.raises(ContainerError, match="not a plain file name"):
         load(folder)
 
 
@@ -171,7 +172,7 @@ def test_a_base_that_is_not_there_is_an_error_within_five_seconds(path: str) -> 
 )
 def test_a_missing_file_is_named(folder: Path, missing: str) -> None:
     (folder / missing).unlink()
-    with pytest.raises(ModelError, match=f"{missing}.* missing"):
+    with pytest.raises(UserError, match=f"{missing}.* missing"):
         load(folder)
 
 

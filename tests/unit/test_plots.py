@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
-from lora_diffusion.generation.plots import SMOOTH, VALIDATION, loss_plot, series, smooth
+from lora_diffusion.generation.plots import RUNS, SMOOTH, VALIDATION, loss_plot, losses_plot, series, smooth
 
 METRICS = [{"step": step, "loss": 0.1 + 0.1 / step, "lr": 1e-4} for step in range(1, 51)]
 
@@ -42,6 +42,18 @@ def test_values_that_are_not_finite_are_left_out() -> None:
 def test_no_loss_at_all_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no line"):
         loss_plot([{"step": 1, "val_loss": 0.1}], tmp_path / "a.png")
+
+
+def test_several_runs_get_a_colour_each_and_their_names_beside_the_plot(tmp_path: Path) -> None:
+    lower = [line | {"loss": line["loss"] / 2} for line in METRICS]
+    losses_plot({"rank 8": METRICS, "rank 16": lower, "failed": []}, tmp_path / "a.png", "ink")
+    losses_plot({f"seed {n}": METRICS[:1] for n in range(30)}, tmp_path / "many.png")
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.width == 900
+    assert min(num_pixels(tmp_path / "a.png", colour) for colour in RUNS[:2]) > 300
+    assert num_pixels(tmp_path / "a.png", RUNS[3]) == 0
+    with pytest.raises(ValueError, match="no line"):
+        losses_plot({"rank 8": [{"step": 1, "val_loss": 0.1}]}, tmp_path / "b.png")
 
 
 def test_smoothing_keeps_a_constant_and_halves_a_jump_after_its_half_life() -> None:

@@ -105,13 +105,12 @@ def test_latents_of_a_picture_have_the_scale_of_the_config(folder: Path) -> None
     assert torch.equal(std, posterior.std * 0.18215)
 
 
-def test_other_spellings_of_file_names_are_aliases(folder: Path) -> None:
+def test_file_names_are_those_of_diffusers(folder: Path) -> None:
     parts = load(folder).parts
-    layer = "down_blocks.1.attentions.0.proj_in"  # one layer per block in this model
-    assert parts["unet"].aliases(layer) == ("lora_unet_input_blocks_3_1_proj_in",)
-    assert parts["text_encoder"].aliases("encoder.layers.0.mlp.fc1") == (
-        "lora_te1_text_model_encoder_layers_0_mlp_fc1",
-    )
+    name = parts["unet"].file_name("down_blocks.1.attentions.0.proj_in")
+    assert name == "lora_unet_down_blocks_1_attentions_0_proj_in"
+    name = parts["text_encoder"].file_name("encoder.layers.0.mlp.fc1")
+    assert name == "lora_te_text_model_encoder_layers_0_mlp_fc1"
 
 
 def test_ids_tell_models_apart_and_know_the_dtype(folder: Path, tmp_path: Path) -> None:

@@ -38,7 +38,6 @@ def test_prediction_decides_what_files_call_the_base(
     assert (model.base_model_version, model.architecture) == (version, architecture)
 
 
-def test_file_names_are_those_of_diffusers_and_ldm_names_are_aliases(model: SD2) -> None:
+def test_file_names_are_those_of_diffusers(model: SD2) -> None:
     part = model.parts["unet"]
     assert part.file_name("down_blocks.1.attentions.0.proj_in") == "lora_unet_down_blocks_1_attentions_0_proj_in"
-    assert part.aliases("down_blocks.1.attentions.0.proj_in") == ("lora_unet_input_blocks_4_1_proj_in",)

@@ -29,29 +29,16 @@ def model(folder: Path) -> SDXL:
 
 
 @pytest.mark.parametrize(
-    ("part", "path", "name", "aliases"),
+    ("part", "path", "name"),
     [
-        (
-            *("unet", "down_blocks.1.attentions.0.proj_in", "lora_unet_input_blocks_4_1_proj_in"),
-            ("lora_unet_down_blocks_1_attentions_0_proj_in",),
-        ),
-        (
-            *("unet", "down_blocks.0.downsamplers.0.conv", "lora_unet_input_blocks_3_0_op"),
-            ("lora_unet_down_blocks_0_downsamplers_0_conv",),
-        ),
-        (
-            *("text_encoder", "encoder.layers.0.mlp.fc1", "lora_te1_text_model_encoder_layers_0_mlp_fc1"),
-            ("lora_te_text_model_encoder_layers_0_mlp_fc1",),
-        ),
-        (
-            *("text_encoder_2", "text_model.encoder.layers.0.mlp.fc1", "lora_te2_text_model_encoder_layers_0_mlp_fc1"),
-            (),
-        ),
+        ("unet", "down_blocks.1.attentions.0.proj_in", "lora_unet_input_blocks_4_1_proj_in"),
+        ("unet", "down_blocks.0.downsamplers.0.conv", "lora_unet_input_blocks_3_0_op"),
+        ("text_encoder", "encoder.layers.0.mlp.fc1", "lora_te1_text_model_encoder_layers_0_mlp_fc1"),
+        ("text_encoder_2", "text_model.encoder.layers.0.mlp.fc1", "lora_te2_text_model_encoder_layers_0_mlp_fc1"),
     ],
 )
-def test_names_in_files_are_kohyas(model: SDXL, part: str, path: str, name: str, aliases: tuple[str, ...]) -> None:
+def test_names_in_files_are_kohyas(model: SDXL, part: str, path: str, name: str) -> None:
     assert model.parts[part].file_name(path) == name
-    assert model.parts[part].aliases(path) == aliases
 
 
 def test_the_projection_of_the_second_encoder_is_no_target(model: SDXL) -> None:

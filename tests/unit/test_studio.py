@@ -19,10 +19,19 @@ from lora_diffusion.generation.request import Request, take_out_tags
 from lora_diffusion.workspace import Workspace
 from webui.services.adapter_edit import Description, copy_to_library, edit
 from webui.services.drawing_form import DrawingForm
-from webui.services.drawings import MAX_WAITING, Desk, Drawing, NoLongerWanted, Progress, Report, Stopped
+from webui.services.drawings import (
+    KEPT_SHEETS,
+    MAX_WAITING,
+    Desk,
+    Drawing,
+    NoLongerWanted,
+    Progress,
+    Report,
+    Stopped,
+)
 from webui.services.file_tools import ToolError, checked_name
 from webui.services.gallery import Gallery
-from webui.services.library import Library, matching
+from webui.services.library import Library, matching, tags_in
 from webui.services.places import Places
 from webui.services.prompt_tags import Tagged, has_words, set_strength, stack_of, toggle_words, without
 from webui.services.studio import settle
@@ -112,6 +121,23 @@ def test_two_thousand_files_are_listed_within_two_seconds_once_they_are_known(pl
 
     assert len(found) == 2000
     assert time.monotonic() - start < 2.0
+
+
+def test_the_library_is_filtered_by_family_tag_and_words(places: Places, library: Library) -> None:
+    given = dict(read_header(INK).metadata)
+    for name, tags in (("a", "ink, comic"), ("b", "comic"), ("c", "comics")):
+        data = with_metadata(INK.read_bytes(), given | {"modelspec.tags": tags, "modelspec.title": f"Title {name * 3}"})
+        (places.root / "adapters" / f"{name}.safetensors").write_bytes(data)
+    adapters = library.adapters()
+
+    def names(*filters: str) -> list[str]:
+        return [adapter.name for adapter in matching(adapters, *filters)]
+
+    assert tags_in(adapters) == ["comic", "comics", "ink"]
+    assert names("", "", "", "", "comic") == ["a", "b"]
+    assert names("title bbb", "", "", "", "comic") == ["b"]
+    assert names("", "sd1", "lora", "library", "ink") == ["a"]
+    assert names("", "sdxl") == names("", "", "dora") == names("", "", "", "run") == []
 
 
 def test_a_file_is_read_again_when_it_changes(places: Places, library: Library) -> None:
@@ -253,6 +279,27 @@ def test_cancelling_lets_the_next_drawing_start_and_keeps_what_is_done(places: P
 
     assert _now(desk, first).phase == "cancelled"
     assert len(Gallery(places).newest()) == 2
+
+
+def test_the_cells_of_the_newest_sheets_are_kept_and_no_other_folder_is_touched(places: Places) -> None:
+    cells = places.workspace.pictures / "cells"
+    folders = [cells / f"20200101-0000{second:02d}-1" for second in range(KEPT_SHEETS + 3)]
+    for folder in (*folders, cells / "mine"):
+        folder.mkdir(parents=True)
+        (folder / "a.png").write_bytes(b"")
+    outside = places.root / "outside"
+    outside.mkdir()
+    (cells / "20190101-000000-1").symlink_to(outside)
+    desk = Desk(places.workspace, StubEngine())
+
+    drawing = desk.add("trial", "base", [Request("a")])
+    until(lambda: _now(desk, drawing).phase == "done")
+
+    left = {path for path in cells.iterdir() if path.name.startswith("2020")}
+    assert left == set(folders[4:])  # with the new one there are KEPT_SHEETS
+    assert (cells / "mine" / "a.png").is_file() and (cells / "20190101-000000-1").is_symlink()
+    newest = _now(desk, drawing).pictures[0]
+    assert newest is not None and newest.is_file()
 
 
 def test_the_line_is_bounded_and_says_so(places: Places) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from lora_diffusion.jobs.queue import Job
 from lora_diffusion.runs import Failure
+from webui import translate
 from webui.components.chart import Line, number, render_chart
 from webui.components.form import Choices, render_form
 from webui.components.html import duration, html, picture_url, size, with_code
@@ -20,7 +21,7 @@ from webui.components.report import render_problems, render_report, render_toml
 from webui.services.form_values import default_fields
 from webui.services.preflight import Preflight
 from webui.services.presets import presets
-from webui.services.schema import settings
+from webui.services.schema import settings, summary
 from webui.translate import FOLDER, LANGUAGES, Translator, words
 
 WEBUI = Path(__file__).parents[2] / "webui"
@@ -207,6 +208,24 @@ def test_languages_have_the_same_keys_and_placeholders() -> None:
         for key, text in other.items():
             assert text.strip() == text != ""
             assert set(re.findall(r"\{\w+\}", text)) == set(re.findall(r"\{\w+\}", english[key])), key
+
+
+@pytest.mark.parametrize("language", [language for language in LANGUAGES if language != "en"])
+def test_every_setting_is_described_with_the_same_names_and_numbers(language: str) -> None:
+    english = {row.name: row.description for rows in settings().values() for row in rows}
+    english |= {section: summary(section) for section in settings()}
+    other = translate.settings(language)
+
+    def facts(text: str) -> list[str]:
+        """What stands in backticks, and the numbers."""
+        return sorted(re.findall(r"`[^`]*`|\d+", text))
+
+    assert other.keys() == english.keys()
+    for name, (label, about) in other.items():
+        assert label and about != english[name]
+        assert facts(about) == facts(english[name]), name
+    page = str(render_form(Translator(language), default_fields(), Choices([], [], {}), ""))
+    assert other["run.steps"][1].split("`")[0] in page and english["run.steps"].split("`")[0] not in page
 
 
 def test_no_word_is_unused() -> None:

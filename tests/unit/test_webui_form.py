@@ -19,6 +19,7 @@ from webui.services.form_values import (
     num_tables,
     problems_of,
     toml_from_fields,
+    with_dataset,
 )
 from webui.services.presets import PLAIN, apply, presets
 from webui.services.schema import settings
@@ -208,3 +209,13 @@ def test_a_goal_puts_its_word_before_every_caption(goal: str) -> None:
     assert all("inkwash" in dataset.caption_prefix for dataset in config.dataset)
     assert len(config.preview.prompts) == 3
     assert goals.apply("nothing", "x", fields) == fields
+
+
+def test_training_with_a_data_set_replaces_all_others_and_keeps_how_the_first_is_read() -> None:
+    fields = default_fields(2) | {"dataset.0.path": "a", "dataset.0.repeats": "3", "dataset.1.path": "b"}
+
+    now = with_dataset(fields, "data/mine")
+
+    assert num_tables(now) == 1
+    assert (now["dataset.0.path"], now["dataset.0.repeats"]) == ("data/mine", "3")
+    assert {name for name in now if not name.startswith("dataset")} == {n for n in fields if not n.startswith("data")}

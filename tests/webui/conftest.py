@@ -152,29 +152,45 @@ def browser() -> Iterator[Any]:
         browser.close()
 
 
-@pytest.fixture()
-def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
-    """Opens a page; afterwards the test fails for errors in the browser and for requests to anywhere else."""
-    contexts: list[Any] = []
-    errors: list[str] = []
+class Pages:
+    """Opens pages and notes errors in the browser and requests to anywhere else."""
 
-    def open_one(address: str, width: int = 1280, height: int = 900, **options: Any) -> Any:
-        context = browser.new_context(
-            **{"locale": "en-US", "viewport": {"width": width, "height": height}, "reduced_motion": "reduce", **options}
+    def __init__(self, browser: Any) -> None:
+        self.errors: list[str] = []
+        self._browser = browser
+        self._contexts: list[Any] = []
+
+    def __call__(self, address: str, width: int = 1280, height: int = 900, **options: Any) -> Any:
+        size = {"width": width, "height": height}
+        context = self._browser.new_context(
+            **{"locale": "en-US", "viewport": size, "reduced_motion": "reduce", **options}
         )
-        contexts.append(context)
+        self._contexts.append(context)
         page = context.new_page()
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("dialog", lambda dialog: (errors.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-        page.on("console", lambda message: message.type == "error" and errors.append(message.text))
-        page.on("request", lambda request: _is_outside(request.url) and errors.append(f"outside: {request.url}"))
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("dialog", lambda dialog: (self.errors.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        page.on("console", lambda message: message.type == "error" and self.errors.append(message.text))
+        page.on("request", lambda request: _is_outside(request.url) and self.errors.append(f"outside: {request.url}"))
         page.goto(address)
         return page
 
-    yield open_one
-    for context in contexts:
-        context.close()
-    assert errors == []
+    def forgive_lost_connections(self) -> None:
+        """Forget the errors that the browser and Gradio's script note when the server is gone."""
+        lost = ("net::ERR_", "AbortError: signal is aborted", "Connection errored out")
+        self.errors = [error for error in self.errors if not any(text in error for text in lost)]
+
+    def close(self) -> None:
+        for context in self._contexts:
+            context.close()
+
+
+@pytest.fixture()
+def open_page(browser: Any) -> Iterator[Pages]:
+    """Opens a page; afterwards the test fails for errors in the browser and for requests to anywhere else."""
+    pages = Pages(browser)
+    yield pages
+    pages.close()
+    assert pages.errors == []
 
 
 def _is_outside(address: str) -> bool:

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from lora_diffusion.jobs.queue import Queue
+from lora_diffusion.runs import Failure
 from lora_diffusion.workspace import Workspace
-from tests.webui.conftest import HOSTILE, wait_for
+from tests.webui.conftest import HOSTILE, make_run, wait_for
 
 expect = pytest.importorskip("playwright.sync_api").expect
 pytestmark = pytest.mark.browser
@@ -239,6 +240,57 @@ def test_a_run_that_failed_says_why_and_can_be_resumed(url: str, open_page: Open
     expect(page.locator("#run-head .why")).to_contain_text("Lower optimizer.lr.", timeout=WAIT_MS)
     expect(page.locator("#run-resume")).to_be_visible(timeout=WAIT_MS)
     expect(page.locator("#run-pause")).to_be_hidden()
+
+
+def test_a_run_without_memory_is_started_again_with_less_of_it(
+    url: str, open_page: Open, workspace: Workspace, queue: Queue
+) -> None:
+    make_run(workspace.runs / "big", steps=20, status="failed", error=Failure("RunError", "Out of memory. Set …"))
+    page = open_page(f"{url}/run?id=runs/big")
+    expect(page.locator("#run-remedy")).to_contain_text("model.gradient_checkpointing", timeout=WAIT_MS)
+    page.locator("#run-remedy-start").click()
+    page.wait_for_url(re.compile(r"/run\?id=runs%2Fbig-2"), timeout=WAIT_MS)
+    expect(page.locator("#run-head")).to_contain_text("big-2", timeout=WAIT_MS)
+    new = next(job for job in queue.jobs() if job.name == "big-2")
+    assert tomllib.loads(queue.config(new.id))["model"]["gradient_checkpointing"] is True
+
+    page.goto(f"{url}/run?id=runs/broken")
+    expect(page.locator("#run-head .why")).to_be_visible(timeout=WAIT_MS)
+    expect(page.locator("#run-remedy")).to_have_count(0)
+
+
+def test_a_script_that_arrives_late_loses_nothing(url: str, browser: Any) -> None:
+    """On a slow line Gradio draws the page before it has our script."""
+    context = browser.new_context(locale="en-US")
+    page = context.new_page()
+    page.route("**/static-ui/*.js*", lambda route: (time.sleep(2), route.continue_()))
+    page.goto(url)
+    fill(page, "run.name", "typed-late")
+    expect(page.locator("#train-toml-text")).to_contain_text("typed-late", timeout=WAIT_MS)
+    page.goto(f"{url}/dataset?set=data/shapes")
+    expect(page.locator("#dataset-train")).to_be_visible(timeout=WAIT_MS)
+    context.close()
+
+
+def test_a_data_set_is_trained_with_from_its_page(url: str, open_page: Open) -> None:
+    page = open_page(f"{url}/de/dataset?set=data/shapes", locale="de-DE")
+    page.locator("#dataset-train").click(timeout=WAIT_MS)
+    page.wait_for_url(re.compile(r"/de/\?dataset=data%2Fshapes"), timeout=WAIT_MS)
+    expect(page.locator('[data-field="path"]').first).to_have_value("data/shapes", timeout=WAIT_MS)
+    expect(page.locator("#train-toml-text")).to_contain_text('path = "data/shapes"', timeout=WAIT_MS)
+
+
+def test_a_phone_starts_a_training_from_anywhere_in_the_form(url: str, open_page: Open) -> None:
+    page = open_page(url, width=390, height=844)
+    start = page.locator("#train-start")
+    expect(start).to_be_in_viewport(ratio=1, timeout=WAIT_MS)
+    fill(page, "run.steps", "0")
+    start.click()
+    expect(page.locator("#train-said .said")).to_be_in_viewport(ratio=1, timeout=WAIT_MS)
+    page.evaluate("window.scrollTo(0, document.body.scrollHeight)")
+    expect(start).to_be_in_viewport(ratio=1)
+    bar, navigation = page.locator(".page-train .actions").bounding_box(), page.locator(".top nav").bounding_box()
+    assert bar["y"] + bar["height"] <= navigation["y"] + 1
 
 
 def test_texts_of_files_are_shown_as_texts(url: str, open_page: Open) -> None:

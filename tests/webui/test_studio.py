@@ -213,10 +213,100 @@ def test_an_adapter_is_inspected_and_described_and_hostile_texts_stay_texts(stud
     expect(page.locator("#adapters-head h2")).to_contain_text("img src=x", timeout=WAIT_MS)
     expect(page.locator("#adapters-inspection .bar-row")).to_have_count(16, timeout=FIRST_MS)
     page.get_by_role("tab", name="Describe").click()
-    page.locator("#adapters-edit-trigger input, #adapters-edit-trigger textarea").first.fill("inky")
+    trigger = page.locator("#adapters-edit-trigger input, #adapters-edit-trigger textarea").first
+    expect(trigger).to_have_value(HOSTILE, timeout=WAIT_MS)
+    trigger.fill("inky")
     page.locator("#adapters-edit-save").click()
     expect(page.locator("#adapters-said")).to_contain_text("bit for bit", timeout=WAIT_MS)
     expect(page.locator('.lora[data-id^="adapters/x"]')).to_contain_text("inky", timeout=WAIT_MS)
+
+
+def test_an_adapter_is_added_from_the_list_and_a_picture_is_drawn_again(studio: Started, open_page: Open) -> None:
+    page = open_generate(studio, open_page)
+    prompt_of(page).fill("a yellow boat")
+    expect(page.locator("#generate-stack .stack-empty")).to_be_visible(timeout=WAIT_MS)
+    add = page.locator("#generate-add")
+    assert add.bounding_box()["height"] < 48  # a line
+    add.locator("input").click()
+    page.keyboard.type("neo")
+    page.get_by_role("option", name="neon").click()
+    expect(prompt_of(page)).to_have_value("a yellow boat <lora:neon:1>", timeout=WAIT_MS)
+    expect(add.locator("input")).to_have_value("Add an adapter …", timeout=WAIT_MS)
+
+    set_number(page, "generate-steps", 3)
+    desk = studio.site.studio.desk
+    page.locator("#generate-go").click()
+    wait_for(lambda: any(it.requests[0].prompt == "a yellow boat" for it in desk.drawings()))
+    first = desk.drawings()[0]
+    wait_for(lambda: desk.get(first.id).phase == "done", 90)
+    page.locator(".shot", has_text="a yellow boat").first.locator('[data-act="again"]').click(timeout=WAIT_MS)
+    wait_for(lambda: desk.drawings()[0].id != first.id and desk.drawings()[0].phase == "done", 60)
+    old, new = first.requests[0], desk.drawings()[0].requests[0]
+    assert old.seed != new.seed
+    assert (old.prompt, dict(old.adapters), old.steps) == (new.prompt, dict(new.adapters), new.steps)
+
+
+def test_adapters_are_filtered_by_tag_and_words(studio: Started, open_page: Open) -> None:
+    given = dict(read_header(SAMPLES / "adapters" / "neon.safetensors").metadata)
+    data = (SAMPLES / "adapters" / "neon.safetensors").read_bytes()
+    (studio.root / "adapters" / "tagged.safetensors").write_bytes(
+        with_metadata(data, given | {"modelspec.tags": "signs, night"})
+    )
+    page = open_page(f"{studio.url}/adapters")
+    card = page.locator('.lora[data-id="adapters/tagged.safetensors"]')
+    expect(card).to_be_visible(timeout=WAIT_MS)
+    page.locator("#adapters-tag input").click()
+    page.get_by_role("option", name="night").click()
+    expect(page.locator(".lora")).to_have_count(1, timeout=WAIT_MS)
+    expect(card).to_be_visible()
+    page.locator("#adapters-search input, #adapters-search textarea").first.fill("nothing like it")
+    expect(page.locator(".lora")).to_have_count(0, timeout=WAIT_MS)
+
+
+def test_an_adapter_is_copied_converted_made_smaller_and_deleted(studio: Started, open_page: Open) -> None:
+    page = open_page(f"{studio.url}/adapters")
+    page.locator('.lora[data-id="samples/adapters/neon.safetensors"]').click(timeout=WAIT_MS)
+    expect(page.locator("#adapters-delete")).to_have_count(0)  # what ships stays
+    page.locator("#adapters-copy").click(timeout=WAIT_MS)
+    expect(page.locator("#adapters-head code")).to_have_text("adapters/neon.safetensors", timeout=WAIT_MS)
+    copy = studio.root / "adapters" / "neon.safetensors"
+    assert copy.read_bytes() == (SAMPLES / "adapters" / "neon.safetensors").read_bytes()
+
+    page.get_by_role("tab", name="Convert, resize").click()
+    name = page.locator("#adapters-new-name input, #adapters-new-name textarea").first
+    expect(name).to_have_value("neon small", timeout=WAIT_MS)
+    name.fill("neon peft")
+    page.locator("#adapters-convert").click()
+    expect(page.locator("#adapters-said")).to_contain_text("neon peft.safetensors is in", timeout=FIRST_MS)
+    keys = read_header(studio.root / "adapters" / "neon peft.safetensors").tensors
+    assert any(".lora_A." in key for key in keys)
+    name.fill("neon small")
+    set_number(page, "adapters-rank", 2)
+    page.locator("#adapters-resize").click()
+    expect(page.locator("#adapters-said")).to_contain_text("neon small.safetensors is in", timeout=FIRST_MS)
+    small = read_header(studio.root / "adapters" / "neon small.safetensors").tensors
+    assert {info.shape[0] for key, info in small.items() if "lora_down" in key} == {2}
+
+    page.evaluate("window.confirm = () => true")
+    page.locator("#adapters-delete").click()
+    expect(page.locator("#adapters-said")).to_contain_text("neon.safetensors is in trash/", timeout=WAIT_MS)
+    assert not copy.exists() and list((studio.root / "trash").rglob("neon.safetensors"))
+
+
+def test_a_mix_is_baked_into_a_copy_of_the_base(studio: Started, open_page: Open) -> None:
+    page = open_page(f"{studio.url}/adapters")
+    page.locator('.lora:has([data-name="ink"]) .add').click(timeout=WAIT_MS)
+    expect(page.locator("#adapters-mix output")).to_have_count(1, timeout=WAIT_MS)
+    page.locator("#adapters-merge-name input, #adapters-merge-name textarea").first.fill("inked base")
+    page.locator("#adapters-bake").click()
+    expect(page.locator("#adapters-said")).to_contain_text("models/inked base is a base", timeout=FIRST_MS)
+    unet = "unet/diffusion_pytorch_model.safetensors"
+    baked, base = (folder / unet for folder in (studio.root / "models" / "inked base", SAMPLES / "base"))
+    assert read_header(baked).tensors.keys() == read_header(base).tensors.keys()
+    assert baked.read_bytes() != base.read_bytes()
+    page.goto(f"{studio.url}/generate")
+    page.locator("#generate-base input").click(timeout=WAIT_MS)
+    expect(page.get_by_role("option", name="inked base")).to_be_visible(timeout=WAIT_MS)
 
 
 @pytest.mark.parametrize("path", ["generate", "adapters"])

@@ -144,7 +144,7 @@ def _all_step(t: Translator, fields: Fields) -> Markup:
             '<details class="group" id="train-group-{section}"><summary><strong>{section}</strong><span>{about}</span>'
             '<b class="count" hidden></b></summary><div class="grid">{fields}</div></details>',
             section=section,
-            about=summary(section),
+            about=t.setting(section, section, summary(section))[1],
             fields=join(_fields(t, fields, [row.name for row in rows if row.name not in SHOWN_ELSEWHERE])),
         )
         for section, rows in settings().items()
@@ -169,7 +169,8 @@ def _fields(t: Translator, fields: Fields, names: Sequence[str]) -> list[Markup]
 def _field(t: Translator, row: Setting, text: str) -> Markup:
     """One setting. In a repeated table the name lacks the number: app.js counts."""
     name = row.key if row.section == REPEATED else row.name
-    words = f"{row.name} {_label(row)} {row.description} {' '.join(row.values)}".lower()
+    title, about = t.setting(row.name, _label(row), row.description)
+    words = f"{row.name} {title} {about} {' '.join(row.values)}".lower()
     return html(
         '<div class="field {wide}" data-name="{name}" data-default="{default}" data-optional="{optional}" '
         'data-search="{words}">{label}{control}<p class="hint">{about} <span class="range">{range}</span></p>'
@@ -179,11 +180,9 @@ def _field(t: Translator, row: Setting, text: str) -> Markup:
         default=row.default,
         optional=str(row.is_optional).lower(),
         words=words,
-        label=html(
-            '<div class="label"><span>{label}</span><code>{name}</code></div>', label=_label(row), name=row.name
-        ),
+        label=html('<div class="label"><span>{label}</span><code>{name}</code></div>', label=title, name=row.name),
         control=_control(t, row, name, text),
-        about=with_code(row.description),
+        about=with_code(about),
         range="" if row.kind in ("switch", "choice", "text", "path") else row.range,
     )
 

@@ -18,6 +18,11 @@ def join(parts: Iterable[Markup]) -> Markup:
     return Markup("").join(parts)
 
 
+def said(text: str, *, bad: bool = False) -> str:
+    """What came of a click, in a line of its own."""
+    return str(html('<p class="said {kind}" role="status">{text}</p>', kind="bad" if bad else "good", text=text))
+
+
 def with_code(text: str) -> Markup:
     """The text, with what stands between backticks as code."""
     parts = text.split("`")
@@ -43,8 +48,3 @@ def size(num_bytes: float) -> str:
             return f"{num_bytes:.0f} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:.1f} GB"
-
-
-def when_there(name: str, code: str) -> str:
-    """JavaScript that runs as soon as `window.name` is there: a slow browser has Gradio's scripts before ours."""
-    return f"(function start() {{ if (window.{name}) {code}; else setTimeout(start, 20); }})()"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
-from urllib.parse import quote, urlencode
+from urllib.parse import quote
 
 from markupsafe import Markup
 
 from lora_diffusion.formats.families import FAMILY_NAMES
 from webui.components.html import html, join, size
+from webui.components.monitor import run_href
 from webui.components.studio import generate_href
 from webui.services.library import Adapter
 from webui.translate import Translator
@@ -121,7 +122,7 @@ def render_head(t: Translator, adapter: Adapter | None) -> Markup:
         links.append(
             html(
                 '<a class="quiet" href="{href}">{text}</a>',
-                href=f"{t.href('/run')}?{urlencode({'id': adapter.run})}",
+                href=run_href(t, adapter.run),
                 text=t("adapters.run"),
             )
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import PurePath
 from urllib.parse import quote, urlencode
@@ -13,13 +13,19 @@ from markupsafe import Markup
 from lora_diffusion.jobs.follow import AdapterEntry
 from lora_diffusion.jobs.queue import Job
 from webui.components.html import duration, html, join, picture_url, size, with_code
+from webui.components.studio import generate_href
 from webui.translate import Translator
 
 THUMB_PX, LARGE_PX = 240, 2048
 
 
-def render_head(t: Translator, job: Job, folder: str, now: float) -> Markup:
-    """Name, status, how far and how fast, and why it ended if it did not end well."""
+def render_head(
+    t: Translator, job: Job, folder: str, now: float, remedy: Mapping[str, tuple[str, str]] | None = None
+) -> Markup:
+    """Name, status, how far and how fast, and why it ended if it did not end well.
+
+    remedy: key → before and after, of settings with which the run may fit into memory.
+    """
     share = min(job.step / job.steps, 1.0) if job.steps else 0.0
     facts = [(t("run.step"), f"{job.step:,} / {job.steps:,}" if job.steps else f"{job.step:,}")]
     if job.seconds_per_step:
@@ -32,7 +38,7 @@ def render_head(t: Translator, job: Job, folder: str, now: float) -> Markup:
     return html(
         '<div class="card"><div class="run-head"><h1>{name}</h1>{badge}<span class="folder">{folder}</span></div>'
         '<div class="progress" role="progressbar" aria-valuenow="{percent}" aria-valuemin="0" aria-valuemax="100" '
-        'style="--share:{share:.4f}"></div><div class="facts" id="run-facts">{facts}</div>{why}</div>',
+        'style="--share:{share:.4f}"></div><div class="facts" id="run-facts">{facts}</div>{why}{remedy}</div>',
         name=job.name,
         badge=badge(t, job),
         folder=folder,
@@ -40,6 +46,7 @@ def render_head(t: Translator, job: Job, folder: str, now: float) -> Markup:
         share=share,
         facts=join(html("<div><strong>{b}</strong><span>{a}</span></div>", a=a, b=b) for a, b in facts),
         why=_why(job),
+        remedy=_remedy(t, remedy) if remedy else "",
     )
 
 
@@ -58,6 +65,22 @@ def _why(job: Job) -> Markup | str:
         '<div class="why" role="alert"><strong>{message}</strong>{hint}</div>',
         message=with_code(job.error.message),
         hint=with_code(job.error.hint),
+    )
+
+
+def _remedy(t: Translator, changes: Mapping[str, tuple[str, str]]) -> Markup:
+    rows = join(
+        html("<tr><td>{key}</td><td>{before}</td><td>{after}</td></tr>", key=key, before=before, after=after)
+        for key, (before, after) in changes.items()
+    )
+    return html(
+        '<div class="remedy" id="run-remedy"><table class="diff"><thead><tr><th></th><th>{before}</th><th>{after}</th>'
+        '</tr></thead><tbody>{rows}</tbody></table><button type="button" class="go" data-act="remedy" '
+        'id="run-remedy-start">{text}</button></div>',
+        before=t("run.remedy.before"),
+        after=t("run.remedy.after"),
+        rows=rows,
+        text=t("run.remedy.start"),
     )
 
 
@@ -206,7 +229,11 @@ def render_files(t: Translator, run: str, adapters: Sequence[AdapterEntry], chec
         return Markup("")
     rows = join(
         html(
-            '<tr><td><a href="/download/{url}" download>{name}</a>{mark}</td><td>{size}</td></tr>',
+            '<tr><td><a href="/download/{url}" download>{name}</a>{mark}</td><td>{size}</td>'
+            '<td><a class="quiet" data-step="{step}" href="{draw}">{text}</a></td></tr>',
+            step="" if entry.step is None else entry.step,
+            draw=generate_href(t, f"{run}/{entry.path.name}"),
+            text=t("run.draw"),
             url=quote(f"{run}/{entry.path.name}"),
             name=entry.path.name,
             mark=html(' <span class="badge finished">{text}</span>', text=t("run.released"))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from urllib.parse import urlencode
 
 from markupsafe import Markup
 
 from lora_diffusion.jobs.queue import Job
 from webui.components.html import duration, html, join, size
+from webui.components.monitor import run_href
 from webui.services.machine import Machine
 from webui.translate import LANGUAGES, Translator
 
@@ -74,7 +74,7 @@ def _active(t: Translator, id: str, job: Job) -> Markup:
     return html(
         '<a class="active" href="{href}"><b class="dot {status}"></b><em>{name}</em>'
         '<i style="--share:{share:.3f}"></i><span>{percent}{eta}</span></a>',
-        href=f"{t.href('/run')}?{urlencode({'id': id})}",
+        href=run_href(t, id),
         status=job.status,
         name=job.name,
         share=share,

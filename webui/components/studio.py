@@ -19,29 +19,22 @@ from webui.translate import Translator
 STRONGEST = 1.5
 
 
-def render_stack(t: Translator, prompt: str, stack: Sequence[Tagged], known: Mapping[str, Adapter]) -> Markup:
-    """A slider and the trigger words for each adapter of the prompt."""
+def render_stack(
+    t: Translator, stack: Sequence[Tagged], known: Mapping[str, Adapter], prompt: str | None = None
+) -> Markup:
+    """A slider for each adapter, and its trigger words as switches if there is a prompt that they can stand in."""
     if not stack:
         return html('<p class="stack-empty">{text}</p>', text=t("generate.stack.empty"))
-    return html('<div class="stack">{rows}</div>', rows=join(_row(t, prompt, item, known) for item in stack))
+    return html(
+        '<div class="stack">{rows}</div>', rows=join(_row(t, item, known.get(item.name), prompt) for item in stack)
+    )
 
 
-def _row(t: Translator, prompt: str, item: Tagged, known: Mapping[str, Adapter]) -> Markup:
-    adapter = known.get(item.name)
+def _row(t: Translator, item: Tagged, adapter: Adapter | None, prompt: str | None) -> Markup:
     strength = item.strength if item.strength is not None else 0.0
     facts = adapter.facts if adapter else None
     note = t("generate.stack.unknown") if facts is None else facts.error
-    words = [facts.trigger] if facts and facts.trigger else []
-    chips = join(
-        html(
-            '<button type="button" class="chip" data-act="words" data-words="{words}" aria-pressed="{on}">{sign} '
-            "{words}</button>",
-            words=word,
-            on="true" if has_words(prompt, word) else "false",
-            sign="✓" if has_words(prompt, word) else "+",
-        )
-        for word in words
-    )
+    chips = _chip(facts.trigger, prompt) if facts and facts.trigger and prompt is not None else ""
     return html(
         '<div class="stack-row {bad}"><strong title="{name}">{name}</strong>'
         '<input type="range" min="{low}" max="{high}" step="{step}" value="{value}" data-name="{name}" '
@@ -58,6 +51,16 @@ def _row(t: Translator, prompt: str, item: Tagged, known: Mapping[str, Adapter])
         remove=t("generate.remove", name=item.name),
         chips=chips,
         note=note,
+    )
+
+
+def _chip(words: str, prompt: str) -> Markup:
+    return html(
+        '<button type="button" class="chip" data-act="words" data-words="{words}" aria-pressed="{on}">{sign} '
+        "{words}</button>",
+        words=words,
+        on="true" if has_words(prompt, words) else "false",
+        sign="✓" if has_words(prompt, words) else "+",
     )
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import gradio as gr
 
 from lora_diffusion.errors import UserError
-from webui.components.html import html, when_there
+from webui.components.html import html
+from webui.components.listen import once_loaded
 from webui.services.datasets import Datasets
 from webui.services.site import Site
 from webui.translate import Translator, words
@@ -45,13 +46,14 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
     gr.HTML(
         str(
             html(
-                '<div id="dataset" data-words="{texts}"><p class="busy">…</p></div>',
+                '<div id="dataset" data-words="{texts}" data-train="{train}"><p class="busy">…</p></div>',
                 texts=json.dumps(texts, ensure_ascii=False),
+                train=t.href("/"),
             )
         ),
         elem_id="dataset-page",
         apply_default_css=False,
-        js_on_load=when_there("loraDiffusionDataset", "window.loraDiffusionDataset(element, server)"),
+        js_on_load=once_loaded("loraDiffusionDataset", "window.loraDiffusionDataset(element, server);"),
         server_functions=[ask],
     )
 

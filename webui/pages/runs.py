@@ -9,9 +9,10 @@ import gradio as gr
 from markupsafe import Markup
 
 from lora_diffusion.errors import UserError
-from webui.components.html import html
+from webui.components.html import html, said
 from webui.components.live import live
 from webui.components.runs_table import render_comparison_of_runs, render_runs
+from webui.pages.events import QUICK
 from webui.services.overview import COMPARED, Overview, differences
 from webui.services.site import Site
 from webui.translate import Translator
@@ -42,7 +43,7 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
         apply_default_css=False,
     )
     ticked = gr.Textbox("[]", visible="hidden", elem_id="runs-ticked", label="ticked")
-    said = gr.HTML(elem_id="runs-said", apply_default_css=False)
+    out = gr.HTML(elem_id="runs-said", apply_default_css=False)
     table = gr.HTML(elem_id="runs-list", apply_default_css=False, js_on_load=LISTEN)
     compared = gr.HTML(elem_id="runs-compared", apply_default_css=False)
 
@@ -69,12 +70,11 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
                 case "forget":
                     site.queue.forget(job.id)
         except UserError as error:
-            return str(html('<p class="said bad" role="status">{text}</p>', text=str(error)))
+            return said(str(error), bad=True)
         return ""
 
-    quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    table.input(lambda ids: ids, ticked, ticked, js=TICKED, **quick)
-    table.select(act, None, said, **quick)
+    table.input(lambda ids: ids, ticked, ticked, js=TICKED, **QUICK)
+    table.select(act, None, out, **QUICK)
 
 
 def _ids(text: str) -> list[str]:

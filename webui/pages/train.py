@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from urllib.parse import urlencode
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import gradio as gr
 
@@ -11,8 +11,11 @@ from lora_diffusion.config import TrainConfig
 from lora_diffusion.config_errors import ConfigError
 from lora_diffusion.errors import UserError
 from webui.components.form import Choices, render_form
-from webui.components.html import html, when_there
+from webui.components.html import said
+from webui.components.listen import once_loaded
+from webui.components.monitor import run_href
 from webui.components.report import render_glances, render_problems, render_report, render_toml
+from webui.pages.events import GO, QUICK
 from webui.services import goals, preflight
 from webui.services.form_values import (
     Fields,
@@ -21,30 +24,83 @@ from webui.services.form_values import (
     fields_from_toml,
     num_tables,
     toml_from_fields,
+    with_dataset,
 )
 from webui.services.glance import glance
-from webui.services.presets import FIRST, apply, presets
+from webui.services.presets import FIRST, Preset, apply, presets
 from webui.services.site import Site
 from webui.translate import Translator
 
+REVEAL = "() => document.querySelector('#train-report').scrollIntoView({ block: 'nearest', behavior: 'smooth' })"
+DRAFT = """async () => {
+    while (!window.loraDiffusion) await new Promise((resolve) => setTimeout(resolve, 20));
+    return window.loraDiffusion.draft();
+}"""
 COLLECT = "() => window.loraDiffusion.collect()"
-DRAFT = f"() => new Promise((give) => {when_there('loraDiffusion', 'give(window.loraDiffusion.draft())')})"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is on the page. fields: hidden, the form's values as JSON. goto: hidden, an address to open."""
+
+    fields: gr.Textbox
+    goto: gr.Textbox
+    form: gr.HTML
+    problems: gr.HTML
+    start: gr.Button
+    look: gr.Button
+    said: gr.HTML
+    report: gr.HTML
+    toml: gr.HTML
+    upload: gr.File
+    pasted: gr.Textbox
+    load: gr.Button
+    glances: gr.HTML
 
 
 def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
     """Layout and events."""
     shipped = presets()
-    first = shipped.get(FIRST) or next(iter(shipped.values()))
-    choices = Choices(site.places.datasets(), site.places.models(), shipped)
+    handlers = Handlers(site, t, shipped)
+    page = _layout(t, handlers.first_form())
+    fields, rail = page.fields, [page.problems, page.toml, page.glances]
+    parts = [page.form, *rail]
+    demo.load(handlers.open_page, fields, page.form, js=DRAFT, **QUICK).then(
+        handlers.edit, fields, rail, js=COLLECT, **QUICK
+    )
+    page.form.input(handlers.edit, fields, rail, js=COLLECT, trigger_mode="always_last", **QUICK)
+    page.form.select(handlers.choose, fields, parts, js=COLLECT, **QUICK)
+    page.upload.upload(handlers.read, [page.pasted, page.upload], [*parts, page.said], **QUICK)
+    page.load.click(handlers.read, [page.pasted, page.upload], [*parts, page.said], **QUICK)
+    page.look.click(lambda: str(render_report(t, None)), None, page.report, js=REVEAL, **QUICK).then(
+        handlers.check,
+        fields,
+        [page.problems, page.report],
+        js=COLLECT,
+        concurrency_id="check",
+        concurrency_limit=1,
+        show_progress="hidden",
+        api_visibility="private",
+    )
+    page.start.click(handlers.add, fields, [page.said, page.goto], js=COLLECT, **QUICK).then(
+        None,
+        page.goto,
+        None,
+        js=GO,
+        api_visibility="private",
+    )
+
+
+def _layout(t: Translator, first_form: str) -> Layout:
     fields = gr.Textbox(visible="hidden", elem_id="train-values", label="values")
     goto = gr.Textbox(visible="hidden", elem_id="train-goto", label="address")
     with gr.Row(elem_classes="train", equal_height=False):
         with gr.Column(scale=5, min_width=320):
             form = gr.HTML(
-                str(render_form(t, first.fields, choices, first.id)),
+                first_form,
                 elem_id="train-form",
                 apply_default_css=False,
-                js_on_load=when_there("loraDiffusion", "window.loraDiffusion.form(trigger)"),
+                js_on_load=once_loaded("loraDiffusion", "window.loraDiffusion.form(trigger);"),
             )
         with gr.Column(scale=3, min_width=320, elem_classes="rail"):
             problems = gr.HTML(elem_id="train-problems", apply_default_css=False)
@@ -65,88 +121,95 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
                 pasted = gr.Textbox(label=t("train.open.paste"), lines=6, elem_id="train-paste", max_length=1_000_000)
                 load = gr.Button(t("train.open.load"), elem_id="train-load")
             glances = gr.HTML(elem_id="train-glances", apply_default_css=False)
+    return Layout(fields, goto, form, problems, start, look, said, report, toml, upload, pasted, load, glances)
 
-    def redraw(now: Fields, preset: str = "") -> list[object]:
-        fresh = Choices(site.places.datasets(), site.places.models(), shipped)
-        return [str(render_form(t, now, fresh, preset)), *describe(now)]
 
-    def describe(now: Fields) -> list[object]:
+@dataclass(frozen=True)
+class Handlers:
+    """values: the form's fields as JSON, as the browser collects them. shipped: the presets by id."""
+
+    site: Site
+    t: Translator
+    shipped: Mapping[str, Preset]
+
+    def first_form(self) -> str:
+        """What a new visitor sees."""
+        return self._form(self._first().fields, self._first().id)
+
+    def open_page(self, draft: str, request: gr.Request) -> object:
+        """The form of a run to copy, or of what was left unfinished, with the data set that the address names."""
+        asked = {key: str(request.query_params.get(key, "")) for key in ("copy", "dataset")}
+        copied = self.site.find_run(asked["copy"])
+        try:
+            now = fields_from_toml(self.site.queue.duplicate(copied.id))[0] if copied else fields_from_json(draft)[0]
+        except UserError:
+            now = {}
+        if asked["dataset"] in self.site.places.datasets():
+            now = with_dataset(now or self._first().fields, asked["dataset"])
+        return self._form(now) if now else gr.skip()
+
+    def edit(self, values: str) -> list[object]:
+        """Problems, file and pictures of what stands in the form."""
+        return self._rail(fields_from_json(values)[0])
+
+    def choose(self, values: str) -> list[object]:
+        """A preset or a goal was clicked: the form and all else."""
+        now, given = fields_from_json(values)
+        now = now or default_fields()
+        if given.get("preset") in self.shipped:
+            chosen = self.shipped[given["preset"]]
+            before = self.shipped[given["from"]].fields if given.get("from") in self.shipped else {}
+            return self._all(apply(chosen.fields, now, before), chosen.id)
+        return self._all(goals.apply(given.get("goal", ""), given.get("word", ""), now))
+
+    def read(self, text: str, file: bytes | None) -> Sequence[object]:
+        """A config that was pasted or dropped; last, what is said about it."""
+        try:
+            loaded, wrong = fields_from_toml(file.decode("utf-8-sig") if file else text)
+        except UnicodeDecodeError:
+            return [*[gr.skip()] * 4, said(self.t("train.not_text"), bad=True)]
+        except ConfigError as error:
+            return [*[gr.skip()] * 4, said(str(error), bad=True)]
+        unknown = [str(problem) for problem in wrong if "unknown" in problem.message]
+        return [*self._all(loaded), said("\n".join(unknown), bad=True) if unknown else ""]
+
+    def check(self, values: str) -> list[object]:
+        """Problems and the report of `lora-diffusion check`, which takes seconds."""
+        text = toml_from_fields(fields_from_json(values)[0])
+        wrong = _problems(self.site, text)
+        if wrong:
+            return [str(render_problems(self.t, wrong)), said(self.t("train.mend_first"), bad=True)]
+        return [gr.skip(), str(render_report(self.t, preflight.check(self.site.workspace, text)))]
+
+    def add(self, values: str) -> list[object]:
+        """Put the run into the queue: what is said, and the address of its page."""
+        text = toml_from_fields(fields_from_json(values)[0])
+        if _problems(self.site, text):
+            return [said(self.t("train.mend_first"), bad=True), ""]
+        try:
+            job = self.site.queue.add(text)
+        except UserError as error:
+            return [said(str(error), bad=True), ""]
+        return [said(self.t("train.started", name=job.name)), run_href(self.t, self.site.run_id(job))]
+
+    def _first(self) -> Preset:
+        return self.shipped.get(FIRST) or next(iter(self.shipped.values()))
+
+    def _all(self, now: Fields, preset: str = "") -> list[object]:
+        return [self._form(now, preset), *self._rail(now)]
+
+    def _form(self, now: Fields, preset: str = "") -> str:
+        choices = Choices(self.site.places.datasets(), self.site.places.models(), self.shipped)
+        return str(render_form(self.t, now, choices, preset))
+
+    def _rail(self, now: Fields) -> list[object]:
         text = toml_from_fields(now)
         folders = [now.get(f"dataset.{index}.path", "") for index in range(num_tables(now))]
         return [
-            str(render_problems(t, _problems(site, text))),
-            str(render_toml(t, text, now.get("run.name", ""))),
-            str(render_glances(t, [(folder, glance(site.places, folder)) for folder in folders])),
+            str(render_problems(self.t, _problems(self.site, text))),
+            str(render_toml(self.t, text, now.get("run.name", ""))),
+            str(render_glances(self.t, [(folder, glance(self.site.places, folder)) for folder in folders])),
         ]
-
-    def open_page(draft: str, request: gr.Request) -> object:
-        """The form of a run to copy, or of what was left unfinished; otherwise it stays as it was built."""
-        copied = site.find_run(str(request.query_params.get("copy", "")))
-        try:
-            now = fields_from_toml(site.queue.duplicate(copied.id))[0] if copied else fields_from_json(draft)[0]
-        except UserError:
-            now = {}
-        return redraw(now)[0] if now else gr.skip()
-
-    def edit(values: str) -> list[object]:
-        return describe(fields_from_json(values)[0])
-
-    def choose(values: str) -> list[object]:
-        now, given = fields_from_json(values)
-        now = now or default_fields()
-        if given.get("preset") in shipped:
-            chosen = shipped[given["preset"]]
-            return redraw(
-                apply(chosen.fields, now, shipped[given["from"]].fields if given.get("from") in shipped else {}),
-                chosen.id,
-            )
-        return redraw(goals.apply(given.get("goal", ""), given.get("word", ""), now))
-
-    def read(text: str, file: bytes | None) -> Sequence[object]:
-        try:
-            source = file.decode("utf-8-sig") if file else text
-            loaded, wrong = fields_from_toml(source)
-        except UnicodeDecodeError:
-            return [*[gr.skip()] * 4, _message(t("train.not_text"), bad=True)]
-        except ConfigError as error:
-            return [*[gr.skip()] * 4, _message(str(error), bad=True)]
-        unknown = [str(problem) for problem in wrong if "unknown" in problem.message]
-        return [*redraw(loaded), _message("\n".join(unknown), bad=True) if unknown else ""]
-
-    def check(values: str) -> list[object]:
-        text = toml_from_fields(fields_from_json(values)[0])
-        wrong = _problems(site, text)
-        if wrong:
-            return [str(render_problems(t, wrong)), _message(t("train.mend_first"), bad=True)]
-        return [gr.skip(), str(render_report(t, preflight.check(site.workspace, text)))]
-
-    def add(values: str) -> list[object]:
-        text = toml_from_fields(fields_from_json(values)[0])
-        wrong = _problems(site, text)
-        if wrong:
-            return [_message(t("train.mend_first"), bad=True), ""]
-        try:
-            job = site.queue.add(text)
-        except UserError as error:
-            return [_message(str(error), bad=True), ""]
-        return [_message(t("train.started", name=job.name)), f"{t.href('/run')}?{urlencode({'id': site.run_id(job)})}"]
-
-    parts = [form, problems, toml, glances]
-    quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    demo.load(open_page, fields, form, js=DRAFT, **quick).then(edit, fields, parts[1:], js=COLLECT, **quick)
-    form.input(edit, fields, parts[1:], js=COLLECT, trigger_mode="always_last", **quick)
-    form.select(choose, fields, parts, js=COLLECT, **quick)
-    upload.upload(read, [pasted, upload], [*parts, said], **quick)
-    load.click(read, [pasted, upload], [*parts, said], **quick)
-    look.click(
-        lambda: str(render_report(t, None)), None, report, queue=False, show_progress="hidden", api_visibility="private"
-    ).then(
-        check, fields, [problems, report], js=COLLECT, concurrency_id="check", concurrency_limit=1,
-        show_progress="hidden", api_visibility="private",
-    )  # fmt: skip
-    start.click(add, fields, [said, goto], js=COLLECT, **quick).then(
-        None, goto, None, js="(address) => { if (address) window.location.assign(address); }", api_visibility="private"
-    )
 
 
 def _problems(site: Site, toml: str) -> tuple[tuple[str, str], ...]:
@@ -156,7 +219,3 @@ def _problems(site: Site, toml: str) -> tuple[tuple[str, str], ...]:
     except ConfigError as error:
         return tuple((".".join(map(str, problem.key)), problem.message) for problem in error.problems)
     return tuple((".".join(map(str, problem.key)), problem.message) for problem in site.places.problems_of(config))
-
-
-def _message(text: str, *, bad: bool = False) -> str:
-    return str(html('<p class="said {kind}" role="status">{text}</p>', kind="bad" if bad else "good", text=text))

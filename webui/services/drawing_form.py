@@ -12,6 +12,8 @@ from lora_diffusion.generation.sheet import AXES, Axis, Sheet, parse_axis
 
 MAX_PROMPT = 10_000
 MAX_SIDE_PX = 2048
+FIRST_PROMPT = "a red house under a yellow sun"
+"""What the shipped base and adapters can draw."""
 SEED_MODES = ("random", "fixed", "next")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,8 +13,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
+from PIL import Image
+
 from lora_diffusion.errors import UserError
 from lora_diffusion.files import write_bytes_atomically
+from lora_diffusion.generation.infotext import save_png
 from lora_diffusion.generation.request import Request
 from lora_diffusion.generation.sheet import Sheet
 from lora_diffusion.workspace import Workspace
@@ -26,6 +31,9 @@ KEPT = 200
 MAX_PICTURES = 64
 MAX_WAITING = 64
 """Drawings that are not finished. Beyond that people are told to wait, in place of a line that grows without end."""
+KEPT_SHEETS = 40
+"""So many sheets and merge previews keep their single pictures in pictures/cells/. The sheets themselves all stay."""
+_OF_A_SHEET = re.compile(r"\d{8}-\d{6}-\d+")
 
 
 class NoLongerWanted(Exception):
@@ -89,6 +97,13 @@ class Drawing:
         """How much is done, from 0 to 1."""
         step = self.progress.step / self.progress.steps if self.progress.steps else 0.0
         return min((self.num_done + step) / max(len(self.requests), 1), 1.0)
+
+    def pair(self) -> tuple[Image.Image, Image.Image] | None:
+        """Both pictures of a comparison or a trial as RGB; None while one is not there, or is no longer."""
+        first, second = self.pictures
+        if first is None or second is None or not (first.is_file() and second.is_file()):
+            return None
+        return _open_rgb(first), _open_rgb(second)
 
 
 @dataclass
@@ -197,24 +212,21 @@ class Desk:
     def _folder(self, drawing: Drawing) -> Path:
         folder = self.workspace.pictures
         if drawing.kind in ("sheet", "trial"):  # cells stay out of the gallery
+            self._forget_old_cells(folder / "cells")
             folder = folder / "cells" / f"{time.strftime('%Y%m%d-%H%M%S')}-{drawing.id}"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
+    def _forget_old_cells(self, folder: Path) -> None:
+        """Make room for one more sheet: `KEPT_SHEETS` stay. Folders of other names are not ours."""
+        ours = sorted(path for path in folder.glob("*") if _OF_A_SHEET.fullmatch(path.name) and not path.is_symlink())
+        for old in ours[: len(ours) - KEPT_SHEETS + 1]:
+            shutil.rmtree(old, ignore_errors=True)
+
     def _write_sheet(self, drawing: Drawing, pictures: Sequence[Path | None], folder: Path) -> Path | None:
         if drawing.sheet is None:
             return None
-        from PIL import Image
-
-        from lora_diffusion.generation.infotext import save_png
-
-        images: list[Image.Image | None] = []
-        for picture in pictures:
-            if picture is None:
-                images.append(None)
-                continue
-            with Image.open(picture) as image:
-                images.append(image.convert("RGB"))
+        images = [_open_rgb(picture) if picture else None for picture in pictures]
         path = _free_file(self.workspace.pictures, drawing.requests[0].seed, "grid-")
         save_png(drawing.sheet.picture(images), path, drawing.sheet.parameters(Path(drawing.base).name, {}))
         return path
@@ -223,6 +235,11 @@ class Desk:
         with self._lock:
             if id in self._drawings:
                 self._drawings[id] = replace(self._drawings[id], **values)  # pyright: ignore[reportArgumentType]
+
+
+def _open_rgb(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
 
 
 def _free_file(folder: Path, seed: int, prefix: str = "") -> Path:

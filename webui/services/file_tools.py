@@ -38,6 +38,10 @@ class FileTools:
         default_factory=dict[tuple[str, int, float], dict[str, Any]]
     )
 
+    @property
+    def previews(self) -> Path:
+        return self.workspace.adapters / PREVIEWS
+
     def inspect(self, adapter: Adapter) -> dict[str, Any]:
         """What `inspect --json` tells."""
         key = (adapter.id, adapter.size, adapter.changed)
@@ -92,11 +96,10 @@ class FileTools:
 
     def preview_file(self, token: str) -> Path:
         """Where a merged file is written that is to be looked at; earlier ones go."""
-        folder = self.workspace.adapters / PREVIEWS
-        folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob(f"*{SUFFIX}"):
+        self.previews.mkdir(parents=True, exist_ok=True)
+        for old in self.previews.glob(f"*{SUFFIX}"):
             old.unlink(missing_ok=True)
-        return folder / f"merge preview {token}{SUFFIX}"
+        return self.previews / f"merge preview {token}{SUFFIX}"
 
     def _run(self, *arguments: str) -> str:
         """Standard output. Raises ToolError with the message of the tool."""

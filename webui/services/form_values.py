@@ -78,6 +78,12 @@ def num_tables(fields: Mapping[str, str]) -> int:
     return min(len(numbers), MAX_TABLES)
 
 
+def with_dataset(fields: Fields, path: str) -> Fields:
+    """The form with that one data set; how its pictures are read stays as it was for the first one."""
+    others = {name for name in fields if name.startswith(f"{REPEATED}.") and not name.startswith(f"{REPEATED}.0.")}
+    return {name: value for name, value in fields.items() if name not in others} | {f"{REPEATED}.0.path": path}
+
+
 def _lines(rows: tuple[Setting, ...], prefix: str, fields: Mapping[str, str]) -> str:
     lines: list[str] = []
     for row in rows:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -230,7 +231,9 @@ def tags_of(metadata: Mapping[str, str], limit: int = 12) -> tuple[str, ...]:
     return tuple(sorted((tag for tag in counts if tag and len(tag) < 40), key=lambda tag: -counts[tag])[:limit])
 
 
-def matching(adapters: Sequence[Adapter], words: str, family: str, kind: str, source: str) -> list[Adapter]:
+def matching(
+    adapters: Sequence[Adapter], words: str, family: str = "", kind: str = "", source: str = "", tag: str = ""
+) -> list[Adapter]:
     """Those that have all words in name, title, tags, triggers or description, and fit the filters ("" fits all)."""
     wanted = words.lower().split()
     return [
@@ -239,8 +242,15 @@ def matching(adapters: Sequence[Adapter], words: str, family: str, kind: str, so
         if (not family or adapter.facts.family == family)
         and (not kind or adapter.facts.kind == kind)
         and (not source or adapter.source == source)
+        and (not tag or tag in adapter.facts.tags)
         and all(word in _searched(adapter) for word in wanted)
     ]
+
+
+def tags_in(adapters: Sequence[Adapter], limit: int = 100) -> list[str]:
+    """The tags of all files, those of most files first."""
+    counts = Counter(tag for adapter in adapters for tag in adapter.facts.tags)
+    return sorted(counts, key=lambda tag: (-counts[tag], tag.lower()))[:limit]
 
 
 def picture_beside(adapter: Adapter) -> Path | None:

@@ -170,6 +170,11 @@
     one("[data-field]", field)?.focus({ preventScroll: true });
   }
 
+  // A list that shows what it is for until something is chosen: typing replaces that text.
+  document.addEventListener("focusin", (event) => {
+    if (event.target.matches?.("#generate-add input, .filters .wrap input")) event.target.select();
+  });
+
   // ---- Things that are clicked, wherever they are ----
 
   const actions = {

@@ -214,6 +214,7 @@ window.loraDiffusionDataset = (element, server) => {
     fill(root, 
       h("div", { className: "title set-title" }, h("h1", {}, set.id),
         h("div", { className: "set-actions" },
+          h("a", { className: "go", id: "dataset-train", href: `${root.dataset.train}?dataset=${encodeURIComponent(set.id)}` }, t("train")),
           ui.undo, ui.redo, button(t("bulk"), openBulk, { className: "quiet strong", id: "dataset-bulk" }),
           button(t("other"), async () => { await flush(); Object.assign(filter, { text: "", wanted: [], unwanted: [], check: "", by: "" }); showChooser(); }, { id: "dataset-other" }))),
       ui.said,

@@ -1,0 +1,178 @@
+"""What a step of four adapters trained at once costs, against four trainings of their own.
+
+    python -m benchmarks.many --out benchmarks/results
+
+Per case a base, four LoRA adapters of rank 8 at batch 1, each with its own seed. The base is the shipped one, and with
+--unet sd15 its UNet is replaced by one of SD 1.5's architecture with random weights (3.4 GB in float32). Every round
+trains each adapter one step by itself and then all four one step together, so that whatever else the machine does falls
+on both alike. CPU seconds are those of this process; wall clock too, which on a busy machine says less. Medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from datetime import date
+from pathlib import Path
+
+import diffusers
+import psutil
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+from benchmarks.engine import hardware
+from lora_diffusion.adapters.inject import eject, join
+from lora_diffusion.adapters.joint import JointLayout
+from lora_diffusion.config import TrainConfig
+from lora_diffusion.models.base import DiffusionModel
+from lora_diffusion.models.load import load_model
+from lora_diffusion.recipe import DTYPES, build_on, make_accelerator, resolve_device
+from lora_diffusion.recipe_data import SharedBase
+from lora_diffusion.runs import RunFolder
+from lora_diffusion.training.joint import JointTrainer
+from lora_diffusion.training.trainer import Trainer
+
+SD15 = {
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "attention_head_dim": 8,
+    "norm_num_groups": 32,
+}  # of the published model's unet/config.json
+CONFIG = """
+[run]
+name = "bench-{seed}"
+output = "{folder}/bench-{seed}"
+steps = 10000
+batch_size = 1
+seed = {seed}
+save_every = 0
+[model]
+path = "{base}"
+[adapter]
+rank = 8
+alpha = 8
+targets = "{targets}"
+[[dataset]]
+path = "samples/neon"
+resolution = {resolution}
+[preview]
+every = 0
+[cache]
+folder = "{folder}/cache"
+"""
+
+
+def make_model(base: str, unet: str, dtype: torch.dtype) -> DiffusionModel:
+    """The base; with `unet` "sd15" the UNet alone is another one, which sees the same text and latents."""
+    device = resolve_device("auto")
+    model = load_model(base, dtype=dtype, device=device)
+    if unet == "sd15":
+        sizes = {"cross_attention_dim": model.unet.config["cross_attention_dim"], "sample_size": 32}
+        with torch.device("meta"):
+            large = UNet2DConditionModel(**SD15, **sizes)
+        large = large.to_empty(device=device).to(dtype)
+        generator = torch.Generator(device).manual_seed(0)
+        with torch.no_grad():
+            for name, parameter in large.named_parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
+                else:
+                    parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+        model.unet = large.requires_grad_(False).eval()
+    return model
+
+
+def make_trainers(model: DiffusionModel, configs: list[TrainConfig]) -> tuple[list[Trainer], JointLayout]:
+    """Trainers on one base, as `lora-diffusion sweep` makes them."""
+    layout, base, trainers = JointLayout(), SharedBase(model), list[Trainer]()
+    for config in configs:
+        run = RunFolder(config.run.output)
+        run.path.mkdir(parents=True)
+        trainers.append(build_on(base, config, run, make_accelerator(config), resume=False, is_shared=True))
+        eject(model.unet, trainers[-1].exporter.adapters["unet"])
+    join(model.unet, [trainer.exporter.adapters["unet"] for trainer in trainers], layout)
+    return trainers, layout
+
+
+def measure(trainers: list[Trainer], layout: JointLayout, rounds: int) -> dict[str, object]:
+    """Seconds of a step of each alone, summed, and of all together. The first round, which warms up, does not count."""
+    together = JointTrainer(trainers, layout, lambda _: nullcontext(), lambda *_: None, lambda *_: None)
+    together.begin()
+    rows: list[dict[str, float]] = []
+    for _ in range(rounds + 1):
+        row: dict[str, float] = {}
+        for name, work in (("apart", lambda: _apart(trainers, layout)), ("together", together.train_step)):
+            row |= {f"{name}_{clock}": seconds for clock, seconds in _timed(work)}
+        rows.append(row)
+        print(json.dumps(row), file=sys.stderr, flush=True)
+    medians = {key: statistics.median(row[key] for row in rows[1:]) for key in rows[0]}
+    ratios = {
+        f"ratio_{clock}": statistics.median(row[f"together_{clock}"] / row[f"apart_{clock}"] for row in rows[1:])
+        for clock in ("cpu_s", "wall_s")
+    }
+    return {**medians, **ratios, "rounds": rows[1:]}
+
+
+def _apart(trainers: list[Trainer], layout: JointLayout) -> None:
+    for number, trainer in enumerate(trainers):
+        with layout.only(number):  # bit for bit the adapter by itself
+            trainer.train_step()
+
+
+def _timed(work: Callable[[], None]) -> Iterator[tuple[str, float]]:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    cpu, wall = time.process_time(), time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    yield "cpu_s", time.process_time() - cpu
+    yield "wall_s", time.perf_counter() - wall
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="samples/base")
+    parser.add_argument("--unet", choices=("own", "sd15"), default="own")
+    parser.add_argument("--members", type=int, default=4)
+    parser.add_argument("--resolution", type=int, default=64, help="pixels; latents have a quarter of it")
+    parser.add_argument("--targets", default="attention")
+    parser.add_argument("--precision", choices=tuple(DTYPES), default="fp32")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    model = make_model(arguments.base, arguments.unet, DTYPES[arguments.precision])
+    values = {"base": arguments.base, "targets": arguments.targets, "resolution": arguments.resolution}
+    with tempfile.TemporaryDirectory() as folder:
+        configs = [
+            TrainConfig.parse(CONFIG.format(seed=seed, folder=folder, **values)) for seed in range(arguments.members)
+        ]
+        trainers, layout = make_trainers(model, configs)
+        measured = measure(trainers, layout, arguments.rounds)
+    result = {
+        "date": date.today().isoformat(),
+        "hardware": hardware(resolve_device("auto")),
+        "versions": {
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+        },
+        "settings": {key: str(value) for key, value in vars(arguments).items() if key != "out"},
+        "unet_parameters": sum(parameter.numel() for parameter in model.unet.parameters()),
+        "peak_rss_gb": psutil.Process().memory_info().rss / 2**30,
+        **measured,
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / f"many-{arguments.unet}.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps({key: value for key, value in result.items() if key != "rounds"}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""A sweep in its members' folders: every member is a run like any other, and all are trained together."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lora_diffusion.adapters.inject import eject, join
+from lora_diffusion.adapters.joint import JointLayout
+from lora_diffusion.config_sweep import Member, check_together
+from lora_diffusion.errors import RunError, UserError
+from lora_diffusion.models.base import DiffusionModel
+from lora_diffusion.progress import bar
+from lora_diffusion.recipe import build_on, load_base, make_accelerator, release_unused, resolve_precision
+from lora_diffusion.recipe_data import SharedBase
+from lora_diffusion.runs import RunFolder
+from lora_diffusion.sweep_pictures import draw_contact_sheet, draw_losses
+from lora_diffusion.training.joint import JointTrainer
+from lora_diffusion.training.trainer import Trainer
+from lora_diffusion.training_run import begin_recorded, leave_behind, recorded
+
+logger = logging.getLogger(__name__)
+
+_speaker: ContextVar[str] = ContextVar("speaker", default="")
+"""The name of the member whose business is being done; "" while it is everybody's."""
+
+
+@dataclass
+class _Run:
+    """A member and what is open for it."""
+
+    member: Member
+    folder: RunFolder
+    resumes: bool
+    error: BaseException | None = None
+    _open: ExitStack = field(default_factory=ExitStack)
+
+    @property
+    def name(self) -> str:
+        return self.member.name
+
+    def open(self) -> None:
+        """Move an earlier run aside, start the log, say in state.json that the run is on."""
+
+        def hears(_: logging.LogRecord) -> bool:
+            return _speaker.get() in ("", self.name)
+
+        self._open.enter_context(recorded(self.member.config, self.folder, resume=self.resumes, hears=hears))
+
+    def close(self, error: BaseException | None = None) -> None:
+        """error: what ended the run; it is written to its log and its state."""
+        self.error = error
+        try:
+            self._open.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)
+        except (RunError, UserError) as told:
+            self.error = told
+
+
+def run_sweep(members: Sequence[Member], folder: Path, *, resume: bool) -> None:
+    """Train all members, each in its run folder; put the pictures that compare them into `folder`.
+
+    resume: go on with what an earlier sweep left; finished members stay as they are, those that made no checkpoint
+    start anew. Raises UserError before anything is trained if a member cannot be; RunError at the end if some failed.
+    """
+    check_together(members)
+    if make_accelerator(members[0].config).num_processes > 1:
+        raise UserError("A sweep trains in one process, and several were started. Use lora-diffusion sweep by itself.")
+    runs = _wanted(members, resume=resume)
+    with ExitStack() as locks, _named_on_terminal():
+        for run in runs:
+            with _blamed(run.member):
+                locks.enter_context(run.folder.lock())
+                run.folder.check_start(resume=run.resumes)
+        if runs:
+            _train(runs)
+    draw_contact_sheet(members, folder)
+    draw_losses(members, folder)
+    if failed := [run for run in runs if run.error is not None]:
+        reasons = "".join(f"\n  {run.name}: {run.error}" for run in failed)
+        raise RunError(f"{len(failed)} of {len(runs)} runs of the sweep failed, the others were trained:{reasons}")
+
+
+def _wanted(members: Sequence[Member], *, resume: bool) -> list[_Run]:
+    """The members that are to be trained now."""
+    runs: list[_Run] = []
+    for member in members:
+        folder = RunFolder(member.config.run.output)
+        state = folder.read_state() if resume else None
+        is_longer = state is not None and (member.config.run.steps or 0) > state.step
+        if state is not None and state.status == "finished" and not is_longer:
+            logger.info("%s: finished already.", member.name)
+        else:
+            runs.append(_Run(member, folder, resumes=state is not None and folder.has_checkpoint))
+    if resume and len(runs) == len(members) and not any(run.resumes for run in runs):
+        raise UserError("--resume: no run of this sweep has a checkpoint. Start without --resume.")
+    return runs
+
+
+def _train(runs: Sequence[_Run]) -> None:
+    left = dict(enumerate(runs))
+
+    def speaking(number: int) -> AbstractContextManager[None]:
+        return _speaking(runs[number].name)
+
+    def on_end(number: int, adapter: Path) -> None:
+        leave_behind(runs[number].member.config, trainers[number], adapter)
+        left.pop(number).close()
+
+    def on_failure(number: int, error: Exception) -> None:
+        left.pop(number).close(error)
+        logger.error("%s The other runs go on.", runs[number].error)
+
+    try:
+        for number, run in left.items():
+            with speaking(number), _blamed(run.member):
+                run.open()
+        layout = JointLayout()
+        trainers = _build(runs, layout)
+        JointTrainer(trainers, layout, speaking, on_end, on_failure).fit()
+    except BaseException as error:  # of the whole sweep: every member that is left says so
+        for run in left.values():
+            run.close(error)
+        told = next((run.error for run in left.values() if run.error is not error), None)
+        if told is not None:  # out of memory, said so that one can act on it
+            raise RunError(f"{told} Or put fewer runs into the sweep.") from error
+        raise
+
+
+def _build(runs: Sequence[_Run], layout: JointLayout) -> list[Trainer]:
+    """A trainer for each member on one base, with the adapters of all around its layers."""
+    config = runs[0].member.config
+    accelerators = [make_accelerator(run.member.config) for run in runs]  # each with a loss scaler of its own
+    device = accelerators[0].device
+    model = load_base(config, resolve_precision(config.run.precision, device), device)
+    base = SharedBase(model)
+    trainers: list[Trainer] = []
+    for run, accelerator in zip(runs, accelerators, strict=True):
+        with _speaking(run.name), _blamed(run.member):
+            options = {"resume": run.resumes, "is_shared": True}
+            trainer = build_on(base, run.member.config, run.folder, accelerator, **options, track=bar)
+        for part, adapters in trainer.exporter.adapters.items():
+            eject(model.parts[part].module, adapters)
+        trainers.append(trainer)
+    release_unused([run.member.config for run in runs], model)
+    _join(model, trainers, layout)
+    for run, trainer in zip(runs, trainers, strict=True):
+        begin_recorded(run.member.config, trainer)
+    logger.info("%d runs are trained together on one base.", len(runs))
+    return trainers
+
+
+def _join(model: DiffusionModel, trainers: Sequence[Trainer], layout: JointLayout) -> None:
+    for part, component in model.parts.items():
+        join(component.module, [trainer.exporter.adapters.get(part, {}) for trainer in trainers], layout)
+
+
+@contextmanager
+def _blamed(member: Member) -> Iterator[None]:
+    """An input error of one member says whose it is."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{member.name}: {error}") from error
+
+
+@contextmanager
+def _speaking(name: str) -> Iterator[None]:
+    token = _speaker.set(name)
+    try:
+        yield
+    finally:
+        _speaker.reset(token)
+
+
+class _Named(logging.Formatter):
+    """Puts the member's name before what it says."""
+
+    def __init__(self, inner: logging.Formatter | None) -> None:
+        super().__init__()
+        self._inner = inner or logging.Formatter()
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = self._inner.format(record)
+        return f"{name}: {text}" if (name := _speaker.get()) else text
+
+
+@contextmanager
+def _named_on_terminal() -> Iterator[None]:
+    """Where all members speak at once, each line says whose it is. Their own log files need no names."""
+    handlers = logging.getLogger().handlers[:]
+    earlier = [handler.formatter for handler in handlers]
+    for handler, formatter in zip(handlers, earlier, strict=True):
+        handler.setFormatter(_Named(formatter))
+    try:
+        yield
+    finally:
+        for handler, formatter in zip(handlers, earlier, strict=True):
+            handler.setFormatter(formatter)

@@ -1,0 +1,144 @@
+"""Handlers of the page Generate, called as Gradio calls them, with an engine that draws grey squares."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from lora_diffusion.generation.infotext import png_bytes, save_png, write_parameters
+from lora_diffusion.generation.request import Request
+from lora_diffusion.jobs.queue import Queue
+from lora_diffusion.runs import RunFolder
+from lora_diffusion.workspace import Workspace
+from webui.pages.generate.opening import Opening
+from webui.pages.generate.ordering import Orders
+from webui.pages.generate.results import Shown
+from webui.services.drawings import Desk, NoLongerWanted, Progress, Report, Stopped
+from webui.services.site import Site, make_site
+from webui.translate import Translator
+
+T = Translator("en")
+VALUES = ["a red house", "", 20, 5.0, "ddim", 1, 1, 64, 64, 7, "fixed"]
+
+
+class GreyEngine:
+    """Draws at once while `gate` is open."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def draw(self, base: str, requests: Sequence[Request], report: Report, stopped: Stopped) -> Iterator[bytes]:
+        for request in requests:
+            report(Progress("drawing", 0, 1, 2))
+            while not self.gate.wait(0.01):
+                if stopped():
+                    raise NoLongerWanted
+            yield png_bytes(Image.new("RGB", (64, 64)), write_parameters(request, base, {}))
+
+
+@pytest.fixture()
+def engine() -> GreyEngine:
+    return GreyEngine()
+
+
+@pytest.fixture()
+def site(tmp_path: Path, engine: GreyEngine) -> Site:
+    base = tmp_path / "models" / "b"
+    base.mkdir(parents=True)
+    (base / "model_index.json").write_text("{}")
+    site = make_site(tmp_path, queue=Queue(Workspace(tmp_path), start_runner=lambda _: None))
+    site.studio.desk = Desk(site.workspace, engine)
+    return site
+
+
+def clicked(**data: Any) -> Any:
+    return SimpleNamespace(_data=data)
+
+
+def until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def drawn(site: Site) -> list[Request]:
+    """The requests of the latest order, once it is done."""
+    until(lambda: not site.studio.desk.unfinished())
+    return list(site.studio.desk.drawings()[0].requests)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "cells"),
+    [
+        ("cfg", "3, 7.5", [{"cfg": 3.0}, {"cfg": 7.5}]),
+        ("sampler", "ddim, euler", [{"sampler": "ddim"}, {"sampler": "euler"}]),
+        ("steps", "4, 8", [{"steps": 4}, {"steps": 8}]),
+        ("adapter", "none, ink + neon:0.5", [{"adapters": {}}, {"adapters": {"ink": 1.0, "neon": 0.5}}]),
+        ("prompt", "red | blue | dark green", [{"prompt": f"a {it} house"} for it in ("red", "blue", "dark green")]),
+    ],
+)
+def test_a_grid_varies_what_its_axis_names_and_nothing_else(
+    site: Site, name: str, values: str, cells: list[dict[str, Any]]
+) -> None:
+    assert Orders(site, T).grid("models/b", name, values, "", "", *VALUES) == ""
+
+    plain = {"prompt": "a red house", "steps": 20, "cfg": 5.0, "sampler": "ddim", "adapters": {}}
+    for request, cell in zip(drawn(site), cells, strict=True):
+        found = {key: getattr(request, key) for key in plain}
+        assert found | {"adapters": dict(request.adapters)} == plain | cell
+        assert (request.seed, request.size) == (7, (64, 64))
+
+
+@pytest.mark.parametrize(
+    ("name", "values"), [("sampler", "ddim, nonsense"), ("cfg", "high"), ("prompt", "green | red")]
+)
+def test_a_grid_of_what_there_is_not_is_refused_before_anything_is_drawn(site: Site, name: str, values: str) -> None:
+    said = Orders(site, T).grid("models/b", name, values, "", "", *VALUES)
+
+    assert "said bad" in said
+    assert site.studio.desk.drawings() == []
+    assert "hint warn" in Orders(site, T).describe_grid(name, values, "", "", *VALUES)
+
+
+def test_a_picture_is_drawn_again_with_another_seed_and_everything_else_as_it_was(site: Site) -> None:
+    request = Request("a blue fish", "blurry", 77, 9, 3.5, (64, 64), "euler")
+    site.workspace.pictures.mkdir()
+    save_png(Image.new("RGB", (64, 64)), site.workspace.pictures / "a.png", write_parameters(request, "b", {}))
+
+    *fields, said = Opening(site, T).act_on_picture("models/b", clicked(act="again", id="pictures/a.png"))
+
+    (again,) = drawn(site)
+    assert (again.prompt, again.negative, again.steps, again.cfg) == ("a blue fish", "blurry", 9, 3.5)
+    assert (again.size, again.sampler) == ((64, 64), "euler")
+    assert again.seed != 77
+    assert said == "" and all(isinstance(value, dict) for value in fields)  # what stands in the fields stays
+
+
+def test_a_run_that_trains_is_asked_for_the_picture_instead(site: Site, engine: GreyEngine) -> None:
+    run = RunFolder(site.workspace.runs / "live")
+    run.path.mkdir(parents=True)
+    run.prepare(resume=False)
+    run.config.write_text(
+        f'[run]\nname = "live"\noutput = "{run.path}"\nsteps = 9\n[model]\npath = "b"\n[[dataset]]\npath = "d"\n'
+    )
+    engine.gate.clear()
+    Orders(site, T).pictures("models/b", *VALUES)
+    with run.lock():
+        run.begin(1, 9)
+        said = Shown(site, T).act(clicked(act="live"))
+
+    (asked,) = run.control.iterdir()
+    content = json.loads(asked.read_text())
+    assert (content["prompts"], content["seed"], content["steps"], content["cfg"]) == (["a red house"], 7, 20, 5.0)
+    assert "live draws it" in said
+    until(lambda: site.studio.desk.drawings()[0].phase == "cancelled")

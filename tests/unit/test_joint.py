@@ -1,0 +1,154 @@
+"""One frozen layer under the adapters of several trainings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lora_diffusion.adapters.base import Adapter, Dropout, Layer
+from lora_diffusion.adapters.inject import join, select_layers
+from lora_diffusion.adapters.joint import JointAdapters, JointLayout
+from lora_diffusion.adapters.kinds import ADAPTERS
+from lora_diffusion.streams import stream
+
+KINDS = tuple(ADAPTERS)
+
+
+def make_layer(kind: str) -> Layer:
+    layer: Layer = nn.Linear(6, 8) if kind == "linear" else nn.Conv2d(6, 8, 3, padding=1, stride=2)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, generator=stream(0, "base", parameter.ndim))
+    return layer
+
+
+def make_adapters(base: Layer) -> list[Adapter]:
+    """One of each kind, none of them without effect."""
+    adapters: list[Adapter] = []
+    for number, kind in enumerate(KINDS):
+        adapter = ADAPTERS[kind](base, 2, 3.0, generator=stream(number, "init"))
+        for parameter in adapter.trained():
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=stream(number, "noise", parameter.numel()))
+        adapters.append(adapter)
+    return adapters
+
+
+def make_input(base: Layer, batch: int) -> Tensor:
+    shape = (batch, 3, 6) if isinstance(base, nn.Linear) else (batch, 6, 4, 4)
+    return torch.randn(shape, generator=stream(0, "x"))
+
+
+def joint_of(base: Layer, adapters: Sequence[Adapter]) -> tuple[JointAdapters, JointLayout]:
+    layout = JointLayout()
+    return JointAdapters(base, layout, dict(enumerate(adapters))), layout
+
+
+@pytest.mark.parametrize("layer", ["linear", "conv"])
+def test_each_training_gets_its_own_outputs_and_gradients(layer: str) -> None:
+    base = make_layer(layer)
+    adapters = make_adapters(base)
+    joint, layout = joint_of(base, adapters)
+    shares = [(2, 1), (0, 2), (9, 1), (1, 1), (3, 2)]  # 9 has no adapter here
+    x = make_input(base, 7).requires_grad_()
+    with layout.divided(shares):
+        output = joint(x)
+        output.square().sum().backward()
+    together = {number: [p.grad.clone() for p in adapters[number].trained()] for number in range(4)}
+    x_together = x.grad.clone()
+
+    first = 0
+    for number, rows in shares:
+        for parameter in adapters[number].trained() if number < 4 else ():
+            parameter.grad = None
+        part = x.detach()[first : first + rows].requires_grad_()
+        alone = adapters[number](part) if number < 4 else base(part)
+        alone.square().sum().backward()
+        # float32 sums of up to 54 terms of size 1 to 10, in another order
+        torch.testing.assert_close(output[first : first + rows], alone, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(x_together[first : first + rows], part.grad, rtol=1e-4, atol=1e-3)
+        if number < 4:
+            for parameter, gradient in zip(adapters[number].trained(), together[number], strict=True):
+                torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-2)
+        first += rows
+
+
+def test_with_one_training_in_the_layout_it_is_that_adapter_bit_for_bit() -> None:
+    base = make_layer("linear")
+    adapters = make_adapters(base)
+    joint, layout = joint_of(base, adapters)
+    x = make_input(base, 5)
+    for number, adapter in enumerate(adapters):
+        with layout.only(number):
+            assert torch.equal(joint(x), adapter(x))
+    assert torch.equal(joint(x), base(x)), "outside it is the base"
+
+
+def test_the_base_is_computed_once_for_all() -> None:
+    base = make_layer("conv")
+    joint, layout = joint_of(base, make_adapters(base))
+    batches: list[int] = []
+    base.register_forward_hook(lambda _, inputs, __: batches.append(len(inputs[0])))
+    with layout.divided([(0, 1), (1, 2), (2, 1), (3, 1)]):
+        joint(make_input(base, 5))
+
+    assert batches == [5]
+
+
+def test_layouts_nest_and_end_with_an_error() -> None:
+    layout = JointLayout()
+    with pytest.raises(RuntimeError, match="stop"), layout.divided([(0, 1), (1, 1)]):
+        with layout.only(1):
+            assert [number for number, _ in layout.shares] == [1]
+        assert [number for number, _ in layout.shares] == [0, 1]
+        raise RuntimeError("stop")
+
+    assert layout.shares == ()
+
+
+def test_a_training_that_drops_its_adapter_leaves_the_others_alone() -> None:
+    base = make_layer("linear")
+    adapters = make_adapters(base)
+    joint, layout = joint_of(base, adapters)
+    x = make_input(base, 2)
+    adapters[1].dropout = Dropout(module=0.99)
+    adapters[1].dropout_seed = next(seed for seed in range(9) if _drops(adapters[1], seed))
+    with layout.divided([(0, 1), (1, 1)]):
+        output = joint(x)
+
+    # float32: one row or two in a product of 6 terms
+    torch.testing.assert_close(output[0], adapters[0](x[:1])[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output[1], base(x[1:])[0], rtol=1e-5, atol=1e-5)
+
+
+def _drops(adapter: Adapter, seed: int) -> bool:
+    adapter.dropout_seed = seed
+    return adapter.is_dropped()
+
+
+def test_rows_that_nobody_has_are_an_error() -> None:
+    base = make_layer("linear")
+    joint, layout = joint_of(base, make_adapters(base))
+    with layout.divided([(0, 1), (1, 1)]), pytest.raises(RuntimeError, match="split"):
+        joint(make_input(base, 3))
+
+
+def test_joining_wraps_each_layer_once_whichever_trainings_have_it() -> None:
+    root = nn.ModuleDict({"a": nn.Linear(6, 8), "b": nn.Linear(6, 8), "c": nn.Linear(6, 8)})
+    layers = select_layers(root, ["^[ab]$"])
+    first = {path: ADAPTERS["lora"](layer, 2, 2.0) for path, layer in layers.items()}
+    second = {"b": ADAPTERS["dora"](layers["b"], 2, 2.0)}
+    joined = join(root, [first, second], JointLayout())
+
+    assert set(joined) == {"a", "b"}
+    assert root["b"] is joined["b"] and joined["b"].base is layers["b"]
+    assert set(select_layers(root, [".*"])) == {"c"}, "a joined layer is not offered again"
+    assert not next(iter(root["b"].parameters())).requires_grad
+    assert len(list(root.parameters())) == 6, "adapters are no part of the model that one training freezes"
+
+
+def test_an_adapter_of_another_layer_is_refused() -> None:
+    adapter = make_adapters(make_layer("linear"))[0]
+    with pytest.raises(ValueError, match="another layer"):
+        JointAdapters(make_layer("linear"), JointLayout(), {0: adapter})

@@ -1,0 +1,1 @@
+"""The page Adapters; `page.py` puts its pieces together."""

@@ -1,0 +1,1 @@
+"""The page Generate; `page.py` puts its pieces together."""

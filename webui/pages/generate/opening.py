@@ -1,0 +1,143 @@
+"""Settings that come from pictures: of the gallery, dropped files, and the newest one when the page opens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import fields as fields_of
+from pathlib import Path
+
+import gradio as gr
+
+from lora_diffusion.errors import UserError
+from lora_diffusion.generation.request import Request
+from lora_diffusion.generation.samplers import SAMPLERS
+from webui.components.html import said
+from webui.pages.events import QUICK
+from webui.pages.generate.layout import Controls, Fields, Results, add_choices
+from webui.pages.generate.ordering import Orders
+from webui.pages.generate.prompt import show_stack
+from webui.services.drawing_form import FIRST_PROMPT, DrawingForm
+from webui.services.gallery import Picture
+from webui.services.infotext_file import read_settings
+from webui.services.site import Site
+from webui.services.studio import with_tags
+from webui.services.trash import move_to_trash
+from webui.translate import Translator
+
+NUM_FIELDS = len(fields_of(Fields))
+UNCHANGED: list[object] = [gr.skip()] * (NUM_FIELDS + 2)
+"""Fields, stack and size as they are."""
+
+
+def connect(site: Site, t: Translator, demo: gr.Blocks, controls: Controls, results: Results) -> None:
+    """Whatever fills the fields."""
+    handlers = Opening(site, t)
+    filled = [*controls.fields.all(), controls.stack, controls.size]
+    results.gallery.select(handlers.act_on_picture, controls.base, [*filled, controls.said], **QUICK)
+    controls.dropped.upload(handlers.open_png, controls.dropped, [*filled, controls.said, controls.dropped], **QUICK)
+    demo.load(handlers.open_page, controls.fields.prompt, [*filled, controls.add], **QUICK)
+
+
+@dataclass(frozen=True)
+class Opening:
+    """Handlers. All return the fields, the stack and the size first."""
+
+    site: Site
+    t: Translator
+
+    def fill(self, request: Request) -> list[object]:
+        """The settings of `request`, with its seed kept; how many pictures are drawn is not one of them."""
+        width, height = request.size or (gr.skip(), gr.skip())
+        fields: dict[str, object] = {
+            "prompt": request.prompt,
+            "negative": request.negative,
+            "steps": request.steps,
+            "cfg": request.cfg,
+            "sampler": request.sampler if request.sampler in SAMPLERS else "ddim",
+            "clip_skip": request.clip_skip,
+            "count": gr.skip(),
+            "width": width,
+            "height": height,
+            "seed": request.seed,
+            "seed_mode": "fixed",
+        }
+        size = f"{width}x{height}" if request.size else gr.skip()
+        return [
+            *(fields[field.name] for field in fields_of(Fields)),
+            show_stack(self.site, self.t, request.prompt),
+            size,
+        ]
+
+    def act_on_picture(self, base_id: str, event: gr.EventData) -> list[object]:
+        """Draw it again with another seed, take its settings, or put it into the trash."""
+        picture = self.site.studio.gallery.find(str(event._data.get("id", "")))
+        if picture is None:
+            return [*UNCHANGED, ""]
+        match event._data.get("act"):
+            case "delete":
+                move_to_trash(self.site.workspace, self.site.places.resolve(picture.id))
+                return [*UNCHANGED, said(self.t("generate.deleted", name=picture.name))]
+            case "use" if picture.parameters:
+                request, unknown = self.site.studio.settle(picture.parameters)
+                return [*self.fill(request), self._about_unknown(unknown, picture.name)]
+            case "again" if picture.parameters:
+                return [*UNCHANGED, self.draw_again(base_id, picture)]
+        return [*UNCHANGED, ""]
+
+    def draw_again(self, base_id: str, picture: Picture) -> str:
+        """Order it with a new seed and everything else as it was. Returns what is said."""
+        assert picture.parameters is not None
+        request, unknown = self.site.studio.settle(picture.parameters)
+        form = DrawingForm(
+            prompt=request.prompt,
+            negative=request.negative,
+            steps=request.steps,
+            cfg=request.cfg,
+            sampler=request.sampler,
+            clip_skip=request.clip_skip,
+            count=1,
+            width=picture.width,
+            height=picture.height,
+            seed=0,
+            seed_mode="random",
+        )
+        refused, _ = Orders(self.site, self.t).pictures(base_id, *vars(form).values())
+        return str(refused) or self._about_unknown(unknown, "")
+
+    def open_png(self, file: str | None) -> list[object]:
+        """The settings in a picture that was dropped; the last value empties the field of files."""
+        if not file:
+            return [*UNCHANGED, gr.skip(), None]
+        try:
+            parameters = read_settings(Path(file))
+        except UserError:
+            return [*UNCHANGED, said(self.t("generate.open.none"), bad=True), None]
+        request, unknown = self.site.studio.settle(parameters)
+        return [*self.fill(request), self._about_unknown(unknown, Path(file).name), None]
+
+    def open_page(self, text: str, request: gr.Request) -> list[object]:
+        """With the adapter of the address, or else the settings of the newest picture. Last: what can be added."""
+        studio = self.site.studio
+        adapters = studio.library.adapters()
+        names = [adapter.name for adapter in adapters if not adapter.facts.error]
+        choices = gr.Dropdown(choices=add_choices(self.t, names), value="")
+        wanted = request.query_params.get("adapter")
+        adapter = next((it for it in adapters if it.id == wanted), None)
+        newest = next((it for it in studio.gallery.newest(8) if it.parameters), None)
+        values = list(UNCHANGED)
+        if adapter is not None:
+            words = [adapter.facts.trigger] if adapter.facts.trigger else []
+            text = with_tags(", ".join([*words, FIRST_PROMPT]), {adapter.name: 1.0})
+            values[0] = text
+        elif newest is not None and newest.parameters is not None:
+            settled, _ = studio.settle(newest.parameters)
+            values, text = self.fill(settled), settled.prompt
+            values[NUM_FIELDS - 1] = gr.skip()  # whether seeds are random stays as it was
+        values[NUM_FIELDS] = show_stack(self.site, self.t, text)
+        return [*values, choices]
+
+    def _about_unknown(self, unknown: Sequence[str], name: str) -> str:
+        if unknown:
+            return said(self.t("generate.open.unknown", names=", ".join(unknown)), bad=True)
+        return said(self.t("generate.open.done", name=name)) if name else ""
