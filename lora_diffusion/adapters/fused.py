@@ -78,7 +78,14 @@ class _JointLoRALinear(torch.autograd.Function):
     ) -> Tensor:
         output = nn.functional.linear(x, weight, bias)
         hidden: list[Tensor] = []
-        parts = zip(torch.split(x, rows), torch.split(output, rows), factors[::2], factors[1::2], scales, strict=True)
+        parts = zip(
+            torch.split(x, list(rows)),
+            torch.split(output, list(rows)),
+            factors[::2],
+            factors[1::2],
+            scales,
+            strict=True,
+        )
         for part, made, down, up, scale in parts:
             hidden.append(_rows(part) @ down.to(x.dtype).T)  # (rows, r)
             made.view(-1, made.shape[-1]).addmm_(hidden[-1], up.to(x.dtype).T, alpha=scale)
@@ -96,7 +103,7 @@ class _JointLoRALinear(torch.autograd.Function):
         grad_x = grad_output @ weight if wants_x else torch.empty_like(x)
         grads: list[Tensor] = []
         parts = zip(
-            *(torch.split(tensor, ctx.rows) for tensor in (x, grad_output.contiguous(), grad_x)),
+            *(torch.split(tensor, list(ctx.rows)) for tensor in (x, grad_output.contiguous(), grad_x)),
             hidden, factors[::2], factors[1::2], ctx.scales, strict=True,
         )  # fmt: skip
         for part, grad_part, grad_in, inner, down, up, scale in parts:
