@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constrain
 LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process $(shell nproc 2>/dev/null || echo 1)
 ARGS ?=
 
-.PHONY: train test test-e2e ui lint format clean help
+.PHONY: train bench test test-e2e ui lint format clean help
 
 help:  ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1: /p' Makefile
@@ -16,6 +16,9 @@ train: $(VENV)/.installed  ## train configs/quickstart.toml; more options: make 
 
 ui: $(VENV)/.installed-ui  ## the web UI on http://127.0.0.1:7860; other options: make ui ARGS="--port 7000"
 	$(BIN)/lora-diffusion ui $(ARGS)
+
+bench: $(VENV)/.installed  ## seconds per step and memory; beside other trainers: see docs/speed.md
+	$(BIN)/python -m benchmarks.training $(ARGS)
 
 test: $(VENV)/.installed-dev  ## run the CPU tests; a part of them: make test ARGS="tests/unit -k config"
 	$(BIN)/python -m pytest -m "not browser and not slow" -n auto --maxprocesses 4 --dist loadfile $(ARGS)

@@ -49,7 +49,7 @@ from lora_diffusion.training.previews import Previewer
 from lora_diffusion.training.regularise import Regulariser
 from lora_diffusion.training.resume import resume_from_newest
 from lora_diffusion.training.step import DenoisingLoss, cached_text, train_only_adapters
-from lora_diffusion.training.trainer import Plan, Trainer
+from lora_diffusion.training.trainer import Launch, Plan, Trainer
 from lora_diffusion.training.validation import Validator
 
 logger = logging.getLogger(__name__)
@@ -222,7 +222,7 @@ def _assemble(
             steps=steps,
             min_lr_ratio=config.schedule.min_lr_ratio,
         ),
-        plan=_plan(config, steps),
+        plan=_plan(config, steps, accelerator),
         run=run,
         exporter=exporter,
         regulariser=Regulariser(named, config.run.seed, config.adapter.max_norm),
@@ -273,7 +273,7 @@ def _optimizer(config: TrainConfig, groups: list[dict[str, Any]]) -> torch.optim
     )
 
 
-def _plan(config: TrainConfig, steps: int) -> Plan:
+def _plan(config: TrainConfig, steps: int, accelerator: Accelerator) -> Plan:
     return Plan(
         steps=steps,
         accumulation=config.run.gradient_accumulation,
@@ -284,7 +284,27 @@ def _plan(config: TrainConfig, steps: int) -> Plan:
         validate_every=config.validation.every,
         log_every=config.run.log_every,
         loader_workers=config.run.loader_workers,
+        launch=_launch(config, accelerator),
     )
+
+
+def _launch(config: TrainConfig, accelerator: Accelerator) -> Launch:
+    """Whole steps as CUDA graphs where nothing in a step needs the host: no draws, no branches on values."""
+    if accelerator.device.type != "cuda" or not config.run.cuda_graph:
+        return "eager"
+    adapter = config.adapter
+    obstacles = {
+        "several processes": accelerator.num_processes > 1,
+        'precision = "fp16"': accelerator.scaler is not None,
+        "dropout": adapter.dropout + adapter.rank_dropout + adapter.module_dropout > 0,
+        "adapter.max_norm": adapter.max_norm > 0,
+        "adapter.text_encoder": adapter.text_encoder,
+        f'optimizer.name = "{config.optimizer.name}"': config.optimizer.name != "adamw",
+    }
+    if found := [name for name, is_there in obstacles.items() if is_there]:
+        logger.info("Steps are launched one operation at a time, without CUDA graphs: %s.", ", ".join(found))
+        return "eager"
+    return "graph"
 
 
 def make_previewer(config: TrainConfig, run: RunFolder, model: DiffusionModel) -> Previewer:

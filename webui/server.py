@@ -62,13 +62,14 @@ def make_app(
     add_file_routes(app, site)
 
     @app.get("/picture/{kind}/{id:path}")
-    async def picture(kind: str, id: str, request: Request, w: int = 2048) -> Response:
+    async def picture(kind: str, id: str, request: Request, w: int = 2048, v: str = "") -> Response:
+        """v: the file's version; whoever names it need never ask again."""
         try:
             data = await anyio.to_thread.run_sync(site.pictures.thumbnail, kind, id, w)
         except (UserError, OSError):
             return PlainTextResponse("There is no such picture.", 404)
         tag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
-        headers = {"ETag": tag, "Cache-Control": "private, no-cache"}
+        headers = {"ETag": tag, "Cache-Control": f"private, {'max-age=31536000, immutable' if v else 'no-cache'}"}
         if request.headers.get("if-none-match") == tag:
             return Response(status_code=304, headers=headers)
         return Response(data, media_type="image/webp", headers=headers)

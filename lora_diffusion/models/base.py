@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lora_diffusion.diffusion.schedule import NoiseSchedule
 from lora_diffusion.ldm_names import unet_to_ldm
 from lora_diffusion.models.errors import ModelError
+from lora_diffusion.models.heap import trim_heap
 from lora_diffusion.models.schedules import schedule_of
 from lora_diffusion.models.vae import CheckedVAE
 
@@ -190,6 +191,7 @@ class DiffusionModel(nn.Module, ABC):
             for parameter in self.get_submodule(part).parameters():
                 parameter.data = parameter.data.new_empty(0)  # the same object: ids and adapters refer to it
             self._released.add(part)
+        trim_heap()
 
     def need(self, *parts: str) -> None:
         """Load again what `release` freed of these parts."""

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lora_diffusion.models.heap import trim_heap
+
 _CHANNEL_BLOCK = 64  # oneDNN's order of other widths depends on the picture's size, and a wrong guess costs 5 ms a call
 _KERNEL = (3, 3)  # 1x1 is a matrix product, whose order depends on the picture's size too, and which gains little
 _TYPICAL_SIDE = 64  # of the latents; from 4 to 32 the order suits as well: within 15 % of the best one's time
@@ -27,6 +29,7 @@ def pack_convolutions(root: nn.Module) -> int:
     paths = [path for path, module in root.named_modules() if _gains(module)]
     for path in paths:
         root.set_submodule(path, PackedConv2d(root.get_submodule(path)))
+        trim_heap()
     return len(paths)
 
 

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 _HARMLESS = re.compile(
     r"""
-    run\.(name|output|steps|epochs|save_every|keep_checkpoints|loader_workers|log_every|device)
+    run\.(name|output|steps|epochs|save_every|keep_checkpoints|loader_workers|log_every|device|cuda_graph)
     | run\.(save_precision|save_format|metadata)
     | run\.batch_size           # the batch of all processes together is compared by itself
     | dataset\.\d+\.path        # pictures and captions are compared by themselves

@@ -104,14 +104,14 @@ def test_members_on_a_quantised_base(tiny_sd1: Path, tmp_path: Path) -> None:
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, steps: dict[str, int]) -> None:
     """Ask members to stop through their control files as soon as they are at a step."""
-    after_step = Trainer._after_step
+    end_step = Trainer.end_step
 
-    def asked(trainer: Trainer, values: dict[str, float]) -> None:
+    def asked(trainer: Trainer, values: dict[str, float], seconds: float) -> None:
         if trainer.step == steps.get(trainer.name):
             trainer.run.ask("stop")
-        after_step(trainer, values)
+        end_step(trainer, values, seconds)
 
-    monkeypatch.setattr(Trainer, "_after_step", asked)
+    monkeypatch.setattr(Trainer, "end_step", asked)
 
 
 def test_a_member_that_is_stopped_leaves_and_the_sweep_is_resumed_to_the_same_end(

@@ -19,7 +19,16 @@ from lora_diffusion.generation.request import Request, take_out_tags
 from lora_diffusion.workspace import Workspace
 from webui.services.adapter_edit import Description, copy_to_library, edit
 from webui.services.drawing_form import DrawingForm
-from webui.services.drawings import KEPT_SHEETS, Desk, Drawing, NoLongerWanted, Progress, Report, Stopped
+from webui.services.drawings import (
+    KEPT_SHEETS,
+    MAX_WAITING,
+    Desk,
+    Drawing,
+    NoLongerWanted,
+    Progress,
+    Report,
+    Stopped,
+)
 from webui.services.file_tools import ToolError, checked_name
 from webui.services.gallery import Gallery
 from webui.services.library import Library, matching, tags_in
@@ -117,7 +126,7 @@ def test_two_thousand_files_are_listed_within_two_seconds_once_they_are_known(pl
 def test_the_library_is_filtered_by_family_tag_and_words(places: Places, library: Library) -> None:
     given = dict(read_header(INK).metadata)
     for name, tags in (("a", "ink, comic"), ("b", "comic"), ("c", "comics")):
-        data = with_metadata(INK.read_bytes(), given | {"modelspec.tags": tags, "modelspec.title": f"Title {name}"})
+        data = with_metadata(INK.read_bytes(), given | {"modelspec.tags": tags, "modelspec.title": f"Title {name * 3}"})
         (places.root / "adapters" / f"{name}.safetensors").write_bytes(data)
     adapters = library.adapters()
 
@@ -126,7 +135,7 @@ def test_the_library_is_filtered_by_family_tag_and_words(places: Places, library
 
     assert tags_in(adapters) == ["comic", "comics", "ink"]
     assert names("", "", "", "", "comic") == ["a", "b"]
-    assert names("title b", "", "", "", "comic") == ["b"]
+    assert names("title bbb", "", "", "", "comic") == ["b"]
     assert names("", "sd1", "lora", "library", "ink") == ["a"]
     assert names("", "sdxl") == names("", "", "dora") == names("", "", "", "run") == []
 
@@ -291,6 +300,20 @@ def test_the_cells_of_the_newest_sheets_are_kept_and_no_other_folder_is_touched(
     assert (cells / "mine" / "a.png").is_file() and (cells / "20190101-000000-1").is_symlink()
     newest = _now(desk, drawing).pictures[0]
     assert newest is not None and newest.is_file()
+
+
+def test_the_line_is_bounded_and_says_so(places: Places) -> None:
+    desk = Desk(places.workspace, StubEngine())
+    for seed in range(MAX_WAITING):
+        desk.add("pictures", "base", [Request("a", seed=seed)] * 2)
+
+    with pytest.raises(UserError, match="Busy: 64 drawings"):
+        desk.add("pictures", "base", [Request("a", seed=1)])
+    assert len(desk.unfinished()) == MAX_WAITING
+    desk.cancel()
+    until(lambda: not desk.unfinished())
+    assert desk.add("pictures", "base", [Request("a", seed=1)])
+    desk.cancel()
 
 
 def test_the_gallery_shows_its_folder_only(places: Places) -> None:

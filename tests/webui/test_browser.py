@@ -259,6 +259,19 @@ def test_a_run_without_memory_is_started_again_with_less_of_it(
     expect(page.locator("#run-remedy")).to_have_count(0)
 
 
+def test_a_script_that_arrives_late_loses_nothing(url: str, browser: Any) -> None:
+    """On a slow line Gradio draws the page before it has our script."""
+    context = browser.new_context(locale="en-US")
+    page = context.new_page()
+    page.route("**/static-ui/*.js*", lambda route: (time.sleep(2), route.continue_()))
+    page.goto(url)
+    fill(page, "run.name", "typed-late")
+    expect(page.locator("#train-toml-text")).to_contain_text("typed-late", timeout=WAIT_MS)
+    page.goto(f"{url}/dataset?set=data/shapes")
+    expect(page.locator("#dataset-train")).to_be_visible(timeout=WAIT_MS)
+    context.close()
+
+
 def test_a_data_set_is_trained_with_from_its_page(url: str, open_page: Open) -> None:
     page = open_page(f"{url}/de/dataset?set=data/shapes", locale="de-DE")
     page.locator("#dataset-train").click(timeout=WAIT_MS)

@@ -146,6 +146,16 @@ def test_a_thumbnail_is_made_once_and_anew_when_the_picture_changes(site: Site) 
     assert site.pictures.thumbnail("dataset", "data/shapes/0.png", 96) != first
 
 
+@pytest.mark.parametrize("left", [0, 30])
+def test_a_thumbnail_that_lost_its_end_is_made_again(site: Site, left: int) -> None:
+    whole = site.pictures.thumbnail("dataset", "data/shapes/0.png", 50)
+    (cached,) = site.workspace.thumbnails.iterdir()
+    cached.write_bytes(whole[:left])
+
+    assert site.pictures.thumbnail("dataset", "data/shapes/0.png", 50) == whole
+    assert cached.read_bytes() == whole
+
+
 @pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n broken", b"<svg xmlns='http://www.w3.org/2000/svg'/>"])
 def test_a_file_that_is_no_picture_is_not_shown(site: Site, content: bytes) -> None:
     (site.places.root / "data" / "x.png").write_bytes(content)

@@ -196,10 +196,8 @@ def finish(page: Any, server: Server, run: RunFolder, keep: Keep) -> None:
 
 
 def compare_strengths(page: Any, server: Server, keep: Keep) -> list[Image.Image]:
-    """Open the result in Generate and draw one seed at strength 0, 0.5 and 1."""
-    page.goto(f"{server.url}/adapters")
-    page.locator('.lora:has([data-name="my-ink"])').first.click(timeout=WAIT_MS)
-    page.locator('#adapters-head a[href*="/generate"]').first.click(timeout=WAIT_MS)
+    """Open the result in Generate and draw it at strength 0, 0.5 and 1."""
+    page.locator("#run-files a[href*='/generate']").last.click(timeout=WAIT_MS)
     expect(page.locator("#generate-stack output")).to_have_text("1", timeout=WAIT_MS)
     page.locator("#generate-prompt textarea").fill(f"{PROMPT} <lora:my-ink:1>")
     page.get_by_role("tab", name="Grid").click()

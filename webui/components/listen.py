@@ -27,3 +27,8 @@ element.addEventListener('click', (event) => {
 });
 """
 """For `render_stack`: `input` while a slider moves, with name and strength; `select` for its buttons."""
+
+
+def once_loaded(name: str, call: str) -> str:
+    """`call` as soon as our script has defined `window.<name>`: Gradio may mount a component before it has loaded it."""
+    return f"(function start() {{ if (window.{name}) {{ {call} }} else setTimeout(start, 20); }})();"

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from lora_diffusion.jobs.follow import AdapterEntry
 from lora_diffusion.jobs.queue import Job
 from webui.components.html import duration, html, join, picture_url, size, with_code
+from webui.components.studio import generate_href
 from webui.translate import Translator
 
 THUMB_PX, LARGE_PX = 240, 2048
@@ -228,7 +229,11 @@ def render_files(t: Translator, run: str, adapters: Sequence[AdapterEntry], chec
         return Markup("")
     rows = join(
         html(
-            '<tr><td><a href="/download/{url}" download>{name}</a>{mark}</td><td>{size}</td></tr>',
+            '<tr><td><a href="/download/{url}" download>{name}</a>{mark}</td><td>{size}</td>'
+            '<td><a class="quiet" data-step="{step}" href="{draw}">{text}</a></td></tr>',
+            step="" if entry.step is None else entry.step,
+            draw=generate_href(t, f"{run}/{entry.path.name}"),
+            text=t("run.draw"),
             url=quote(f"{run}/{entry.path.name}"),
             name=entry.path.name,
             mark=html(' <span class="badge finished">{text}</span>', text=t("run.released"))

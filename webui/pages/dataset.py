@@ -15,6 +15,7 @@ import gradio as gr
 
 from lora_diffusion.errors import UserError
 from webui.components.html import html
+from webui.components.listen import once_loaded
 from webui.services.datasets import Datasets
 from webui.services.site import Site
 from webui.translate import Translator, words
@@ -52,7 +53,7 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
         ),
         elem_id="dataset-page",
         apply_default_css=False,
-        js_on_load="window.loraDiffusionDataset(element, server)",
+        js_on_load=once_loaded("loraDiffusionDataset", "window.loraDiffusionDataset(element, server);"),
         server_functions=[ask],
     )
 

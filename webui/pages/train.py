@@ -12,6 +12,7 @@ from lora_diffusion.config_errors import ConfigError
 from lora_diffusion.errors import UserError
 from webui.components.form import Choices, render_form
 from webui.components.html import said
+from webui.components.listen import once_loaded
 from webui.components.monitor import run_href
 from webui.components.report import render_glances, render_problems, render_report, render_toml
 from webui.pages.events import GO, QUICK
@@ -31,6 +32,10 @@ from webui.services.site import Site
 from webui.translate import Translator
 
 REVEAL = "() => document.querySelector('#train-report').scrollIntoView({ block: 'nearest', behavior: 'smooth' })"
+DRAFT = """async () => {
+    while (!window.loraDiffusion) await new Promise((resolve) => setTimeout(resolve, 20));
+    return window.loraDiffusion.draft();
+}"""
 COLLECT = "() => window.loraDiffusion.collect()"
 
 
@@ -60,7 +65,7 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
     page = _layout(t, handlers.first_form())
     fields, rail = page.fields, [page.problems, page.toml, page.glances]
     parts = [page.form, *rail]
-    demo.load(handlers.open_page, fields, page.form, js="() => window.loraDiffusion.draft()", **QUICK).then(
+    demo.load(handlers.open_page, fields, page.form, js=DRAFT, **QUICK).then(
         handlers.edit, fields, rail, js=COLLECT, **QUICK
     )
     page.form.input(handlers.edit, fields, rail, js=COLLECT, trigger_mode="always_last", **QUICK)
@@ -95,7 +100,7 @@ def _layout(t: Translator, first_form: str) -> Layout:
                 first_form,
                 elem_id="train-form",
                 apply_default_css=False,
-                js_on_load="window.loraDiffusion.form(trigger)",
+                js_on_load=once_loaded("loraDiffusion", "window.loraDiffusion.form(trigger);"),
             )
         with gr.Column(scale=3, min_width=320, elem_classes="rail"):
             problems = gr.HTML(elem_id="train-problems", apply_default_css=False)

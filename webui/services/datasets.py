@@ -269,6 +269,7 @@ class Datasets:
             {
                 "name": name,
                 "url": f"{opened.id}/{picture.path.relative_to(root).as_posix()}",
+                "version": _version(picture.path),
                 "caption": picture.caption,
                 "problem": picture.problem,
                 "tokens": counter.count(picture.caption or "") if counter else len((picture.caption or "").split()),
@@ -303,6 +304,15 @@ class Datasets:
         sides = [math.sqrt(fact.width * fact.height) for fact in opened.look.facts.values() if fact.width]
         usual = median(sides) if sides else RESOLUTIONS[-1]
         return max((side for side in RESOLUTIONS if side <= usual), default=RESOLUTIONS[0])
+
+
+def _version(path: Path) -> str:
+    """Part of the address of a picture, so that browsers keep it as long as the file is as it is."""
+    try:
+        status = path.stat()
+    except OSError:
+        return ""
+    return f"{status.st_mtime_ns:x}-{status.st_size:x}"
 
 
 def edit_from(values: Mapping[str, Any]) -> Edit:

@@ -21,7 +21,7 @@ import psutil
 from lora_diffusion.errors import UserError
 from lora_diffusion.files import write_json_atomically
 from lora_diffusion.generation.request import Request
-from lora_diffusion.jobs.processes import reap_when_done, start_detached
+from lora_diffusion.jobs.processes import reap_when_done, start_detached, start_time
 from lora_diffusion.workspace import Workspace
 from webui.services.drawings import NoLongerWanted, Progress, Report, Stopped
 
@@ -104,34 +104,57 @@ class Engine:
             end(record)
 
     def _start(self, base: str, report: Report, stopped: Stopped) -> Record:
-        for folder in (self.workspace.adapters, self.workspace.runs):
-            folder.mkdir(parents=True, exist_ok=True)  # what is put there later is found too
-        folders = [folder for folder in self.adapters if folder.is_dir()]
-        log = self.workspace.private / LOG
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_bytes(b"")
-        command = [
-            *(sys.executable, "-m", "lora_diffusion", "serve", "--base", str(self.workspace.root / base)),
-            *(argument for folder in folders for argument in ("--adapters", str(folder))),
-            *("--workspace", str(self.workspace.root), "--port", "0"),
-        ]
-        process = start_detached(command, cwd=self.workspace.root, log=log, variables={})
-        write_json_atomically(self.workspace.private / STARTED, {"pid": process.pid, "base": base})
-        reap_when_done(process)
+        process = self._starting(base) or self._launch(base)
         began = time.monotonic()
         while time.monotonic() < began + self.start_timeout_s:
             if stopped():
-                process.terminate()
+                _kill(process)
                 raise NoLongerWanted
-            if process.poll() is not None:
-                raise EngineError(_reason(log))
+            if not _is_alive(process):
+                raise EngineError(_reason(self._log))
             record = self.record()
             if record is not None and record.pid == process.pid and _is_healthy(record):
                 return record
             report(Progress("starting", note=f"{time.monotonic() - began:.0f} s"))
             time.sleep(_POLL_S)
-        process.terminate()
+        _kill(process)
         raise EngineError(f"The base did not load within {self.start_timeout_s:.0f} s.")
+
+    def _starting(self, base: str) -> psutil.Process | None:
+        """The engine that a web UI which is gone has started, and that does not listen yet: two would not fit."""
+        try:
+            started = json.loads((self.workspace.private / STARTED).read_text(encoding="utf-8"))
+            process = psutil.Process(int(started["pid"]))
+            if abs(process.create_time() - float(started["process_start"])) > 1 or not _is_alive(process):
+                return None
+        except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+            return None
+        if started.get("base") == base:
+            return process
+        _kill(process)
+        return None
+
+    def _launch(self, base: str) -> psutil.Process:
+        for folder in (self.workspace.adapters, self.workspace.runs):
+            folder.mkdir(parents=True, exist_ok=True)  # what is put there later is found too
+        folders = [folder for folder in self.adapters if folder.is_dir()]
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        self._log.write_bytes(b"")
+        command = [
+            *(sys.executable, "-m", "lora_diffusion", "serve", "--base", str(self.workspace.root / base)),
+            *(argument for folder in folders for argument in ("--adapters", str(folder))),
+            *("--workspace", str(self.workspace.root), "--port", "0"),
+        ]
+        process = start_detached(command, cwd=self.workspace.root, log=self._log, variables={})
+        record = {"pid": process.pid, "process_start": start_time(process.pid), "base": base}
+        write_json_atomically(self.workspace.private / STARTED, record)
+        found = psutil.Process(process.pid)
+        reap_when_done(process)
+        return found
+
+    @property
+    def _log(self) -> Path:
+        return self.workspace.private / LOG
 
     def _base_of(self, pid: int) -> str:
         try:
@@ -154,6 +177,20 @@ def end(record: Record) -> None:
         psutil.Process(record.pid).kill()
     except psutil.Error:
         pass
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _kill(process: psutil.Process) -> None:
+    """At once: what does not listen yet has nothing to lose."""
+    with contextlib.suppress(psutil.Error):
+        process.kill()
+        process.wait(20)
 
 
 def _draw(client: httpx.Client, requests: Sequence[Request], report: Report, stopped: Stopped) -> Iterator[bytes]:

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from lora_diffusion.container import MAX_HEADER_BYTES, read_header
 from lora_diffusion.errors import UserError
 from lora_diffusion.files import write_text_atomically
@@ -68,6 +70,7 @@ class Library:
     cache: Path
     _known: dict[str, tuple[int, int, Facts]] = field(default_factory=dict[str, tuple[int, int, Facts]])
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _listed: dict[str, Adapter] = field(default_factory=dict[str, Adapter])
     _is_loaded: bool = False
 
     def adapters(self) -> list[Adapter]:
@@ -81,7 +84,7 @@ class Library:
                     status = path.stat()
                 except OSError:
                     continue
-                id = self.places.id_of(path)
+                id = self._id_of(path)
                 known = self._known.get(id)
                 if known is None or known[:2] != (status.st_size, status.st_mtime_ns):
                     known = (status.st_size, status.st_mtime_ns, read_facts(path))
@@ -98,16 +101,28 @@ class Library:
                         changed=status.st_mtime,
                         source=source,
                         facts=known[2],
-                        run=self.places.id_of(path.parent) if source == "run" else "",
+                        run=id.rpartition("/")[0] if source == "run" else "",
                         step=int(match["step"]) if match and source == "run" else None,
                     )
                 )
             if is_new:
                 self._save({adapter.id for adapter in found})
+            self._listed = {adapter.id: adapter for adapter in found}
             return found
 
     def find(self, id: str) -> Adapter | None:
-        """The adapter with that id; None if it is not in the library, whatever is there."""
+        """The adapter with that id; None if it is not in the library, whatever is there.
+
+        A file that is as it was listed is not looked for among all others again: a page asks for a hundred pictures.
+        """
+        listed = self._listed.get(id)
+        if listed is not None:
+            try:
+                status = listed.path.stat()
+                if (status.st_size, status.st_mtime) == (listed.size, listed.changed):
+                    return listed
+            except OSError:
+                pass  # it is gone
         return next((adapter for adapter in self.adapters() if adapter.id == id), None)
 
     def named(self, name: str) -> Adapter | None:
@@ -122,6 +137,11 @@ class Library:
             (workspace.runs, "run"),
             (workspace.samples / "adapters", "sample"),
         ]
+
+    def _id_of(self, path: Path) -> str:
+        """As Places does, which looks at each folder on the way again; `files_in` has done so, but for links."""
+        text, root = path.as_posix(), f"{self.places.root.as_posix()}/"
+        return text.removeprefix(root) if text.startswith(root) and not path.is_symlink() else self.places.id_of(path)
 
     def _files(self) -> Iterator[tuple[Path, str]]:
         number = 0
@@ -178,7 +198,8 @@ def read_facts(path: Path) -> Facts:
         entries, metadata = _read_quickly(path)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return Facts(error=_reason(path))
-    kind = next((kind for part, kind in _PARTS if any(part in key for key in entries)), "")
+    names = "\n".join(entries)
+    kind = next((kind for part, kind in _PARTS if part in names), "")
     if not kind:
         return Facts(error=_reason(path))
     return Facts(
@@ -270,7 +291,7 @@ def _read_quickly(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
             raise ValueError
-        entries = json.loads(file.read(length))
+        entries = orjson.loads(file.read(length))  # a header has hundreds of entries, a library thousands of files
     metadata = entries.pop("__metadata__", {})
     if not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError

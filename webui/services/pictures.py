@@ -5,15 +5,16 @@ What leaves the server is a WebP that we encoded, so a file that is something el
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
-from dataclasses import dataclass, field
+import secrets
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lora_diffusion.errors import UserError
-from lora_diffusion.files import sha256_of, write_bytes_atomically
 from webui.services.places import IMAGE_SUFFIXES, Places
 
 WIDTHS = (96, 160, 240, 320, 480, 640, 1024, 2048)
@@ -32,25 +33,26 @@ class PictureError(UserError):
 
 @dataclass(frozen=True)
 class Pictures:
-    """Thumbnails of the pictures in `places`, kept in `cache` under a hash of their content."""
+    """Thumbnails of the pictures in `places`, kept in `cache` for each version of a file."""
 
     places: Places
     cache: Path
-    _hashes: dict[tuple[str, int, int], str] = field(default_factory=dict, compare=False)
 
     def thumbnail(self, kind: str, id: str, width: int) -> bytes:
         """The picture `id` at most `width` pixels wide, as WebP. Raises PictureError."""
         path = self._find(kind, id)
         width = next((step for step in WIDTHS if step >= width), WIDTHS[-1])
-        cached = self.cache / f"{self._hash(path)}-{width}.webp"
+        cached = self.cache / f"{_version(path)}-{width}.webp"
         try:
-            return cached.read_bytes()
+            data = cached.read_bytes()
+            if _is_whole(data):
+                return data
         except OSError:
             pass
         data = _encode(path, width)
         try:
             self.cache.mkdir(parents=True, exist_ok=True)
-            write_bytes_atomically(cached, data)
+            _keep(cached, data)
         except OSError:
             pass  # a full disk must not hide the picture
         return data
@@ -63,14 +65,26 @@ class Pictures:
             raise PictureError("There is no such picture.")
         return path
 
-    def _hash(self, path: Path) -> str:
-        stat = path.stat()
-        key = (str(path), stat.st_mtime_ns, stat.st_size)
-        if key not in self._hashes:
-            if len(self._hashes) > 20_000:
-                self._hashes.clear()
-            self._hashes[key] = sha256_of(path)[:32]
-        return self._hashes[key]
+
+def _version(path: Path) -> str:
+    """Another one for another file or content, without reading it."""
+    stat = path.stat()
+    return hashlib.sha256(f"{path}\0{stat.st_mtime_ns}\0{stat.st_size}".encode()).hexdigest()[:32]
+
+
+def _keep(path: Path, data: bytes) -> None:
+    """Appears whole. It can be made again, so it does not wait for the disk, which takes longer than drawing it."""
+    part = path.with_name(f".{path.stem}-{secrets.token_hex(4)}")
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _is_whole(data: bytes) -> bool:
+    """After a power cut a thumbnail may have lost its end; a WebP says how long it is."""
+    return data[:4] == b"RIFF" and len(data) == int.from_bytes(data[4:8], "little") + 8
 
 
 def _encode(path: Path, width: int) -> bytes:
@@ -84,7 +98,7 @@ def _encode(path: Path, width: int) -> bytes:
         raise PictureError("The file is not a picture that can be read.") from None
     if upright.width > width:
         height = max(1, round(upright.height * width / upright.width))
-        upright = upright.resize((width, height), Image.Resampling.LANCZOS)
+        upright = upright.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=2.0)
     buffer = io.BytesIO()
-    upright.save(buffer, "WEBP", quality=88, method=3)
+    upright.save(buffer, "WEBP", quality=88, method=0)
     return buffer.getvalue()

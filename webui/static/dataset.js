@@ -28,7 +28,7 @@ window.loraDiffusionDataset = (element, server) => {
   const nodes = (children) => children.flat(3).filter((child) => child !== null && child !== undefined && child !== false);
   const fill = (node, ...children) => node.replaceChildren(...nodes(children));
   const button = (text, onclick, properties = {}) => h("button", { type: "button", className: "quiet", onclick, ...properties }, text);
-  const pictureUrl = (path, width) => `/picture/dataset/${path.split("/").map(encodeURIComponent).join("/")}?w=${width}`;
+  const pictureUrl = (path, width, version = "") => `/picture/dataset/${path.split("/").map(encodeURIComponent).join("/")}?w=${width}${version ? `&v=${version}` : ""}`;
   const splitTags = (caption) => (caption ?? "").split(",").map((tag) => tag.trim()).filter(Boolean);
   const percent = (share) => `${Math.round(share * 100)} %`;
   const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
@@ -155,7 +155,15 @@ window.loraDiffusionDataset = (element, server) => {
     else drawEditor();
     writeAddress();
     await refreshView();
+    await shownPictures();
     watchLook(mine);
+  }
+
+  // Looking at every picture takes the whole machine; those on the screen come first.
+  async function shownPictures() {
+    const until = performance.now() + 3000;
+    const isComing = (image) => !image.complete && image.getBoundingClientRect().top < innerHeight;
+    while (performance.now() < until && [...ui.grid.querySelectorAll("img")].slice(0, FIRST_CELLS).some(isComing)) await pause(50);
   }
 
   async function watchLook(mine) {
@@ -244,7 +252,7 @@ window.loraDiffusionDataset = (element, server) => {
     const number = Number(cell.dataset.n), row = set.pictures[number], frame = cell.firstChild;
     if (set.unreadable.has(number)) { if (!frame.classList.contains("none")) { frame.replaceChildren(t("unreadable")); frame.classList.add("none"); } }
     else if (!frame.firstChild) {
-      const image = h("img", { loading: "lazy", decoding: "async", alt: "", src: pictureUrl(row.url, 240) });
+      const image = h("img", { loading: "lazy", decoding: "async", alt: "", src: pictureUrl(row.url, 240, row.version) });
       image.addEventListener("error", () => { frame.replaceChildren(t("unreadable")); frame.classList.add("none"); });
       frame.append(h("span", { className: "fit" }, image));
     }
@@ -369,7 +377,7 @@ window.loraDiffusionDataset = (element, server) => {
     ui.chips = h("div", { className: "chips", id: "dataset-chips" });
     ui.quick = h("div", { className: "quick" });
     const large = set.unreadable.has(set.cursor) ? h("div", { className: "large none" }, t("unreadable"))
-      : h("div", { className: "large" }, h("span", { className: "fit" }, h("img", { alt: "", src: pictureUrl(row.url, 640) })));
+      : h("div", { className: "large" }, h("span", { className: "fit" }, h("img", { alt: "", src: pictureUrl(row.url, 640, row.version) })));
     ui.facts = h("p", { className: "hint facts-line" });
     fill(ui.editor, 
       h("div", { className: "editor-head" }, h("strong", { title: row.name }, row.name),

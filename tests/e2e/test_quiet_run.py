@@ -1,0 +1,96 @@
+"""Steps that are launched without waiting for values train, log and fail as those that are."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lora_diffusion.errors import RunError
+from lora_diffusion.training.trainer import Launch, Trainer
+from tests.training_runs import draw_pictures, prepare, write_config
+
+DATA: dict[str, dict[str, Any]] = {
+    "run": {"steps": 8, "gradient_accumulation": 2, "save_every": 4},
+    "validation": {"every": 3, "fraction": 0.2},
+    "adapter": {"targets": "attention-mlp"},
+}
+
+
+def make_trainer(folder: Path, base: Path, launch: Launch, sections: Any = None) -> Trainer:
+    folder.mkdir(exist_ok=True)
+    config = folder / "run.toml"
+    is_resumed = config.exists()
+    if not is_resumed:
+        write_config(config, base, draw_pictures(folder / "pictures"), **(sections or {}))
+    trainer = prepare(config, resume=is_resumed)
+    trainer.plan = replace(trainer.plan, launch=launch)
+    return trainer
+
+
+def metrics_of(folder: Path) -> list[dict[str, float]]:
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def test_it_learns_and_logs_what_a_waiting_run_does(tiny_sd1: Path, tmp_path: Path) -> None:
+    adapters = []
+    for launch in ("eager", "quiet"):
+        trainer = make_trainer(tmp_path / launch, tiny_sd1, launch, DATA)
+        adapters.append(load_file(trainer.fit()))
+
+    eager, quiet = adapters
+    assert eager.keys() == quiet.keys()
+    for name in eager:  # the norm's squares are added in another order; float16 in the file
+        torch.testing.assert_close(quiet[name], eager[name], rtol=1e-3, atol=1e-5)
+    rows = metrics_of(tmp_path / "eager"), metrics_of(tmp_path / "quiet")
+    assert [row["step"] for row in rows[1]] == list(range(1, 9))
+    assert ["val_loss" in row for row in rows[1]] == [step in (3, 6, 8) for step in range(1, 9)]
+    for a, b in zip(*rows, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    folders = [sorted(path.name for path in (tmp_path / name / "run").rglob("*")) for name in ("eager", "quiet")]
+    assert folders[0] == folders[1]
+
+
+def test_it_resumes_bit_for_bit_and_from_a_waiting_run(tiny_sd1: Path, tmp_path: Path) -> None:
+    whole = load_file(make_trainer(tmp_path / "whole", tiny_sd1, "quiet", DATA).fit())
+    for first in ("quiet", "eager"):
+        trainer = make_trainer(tmp_path / first, tiny_sd1, first, DATA)
+        trainer.plan = replace(trainer.plan, steps=4)
+        trainer.fit()
+        trainer = make_trainer(tmp_path / first, tiny_sd1, "quiet")
+        assert trainer.step == 4
+        resumed = load_file(trainer.fit())
+        if first == "quiet":
+            assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+        else:
+            for name in whole:
+                torch.testing.assert_close(resumed[name], whole[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_is_told_late_and_saves_the_last_good_step(tiny_sd1: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path / "broken", tiny_sd1, "quiet")
+    poisoned = trainer.source.batches.batch(2)[0]  # first drawn at step 3
+    name = trainer.source.samples[poisoned.sample].image.name
+    get = trainer.source.latents.get
+
+    def get_poisoned(sample: Any, flipped: bool = False) -> Any:
+        mean, std = get(sample, flipped)
+        return (mean * float("nan"), std) if sample.image.name == name else (mean, std)
+
+    trainer.source.latents.get = get_poisoned
+    with pytest.raises(RunError, match=rf"loss became nan at step 3 .*{name}"):
+        trainer.fit()
+
+    good = make_trainer(tmp_path / "good", tiny_sd1, "quiet")
+    good.plan = replace(good.plan, steps=2)
+    good.fit()
+    resumed = make_trainer(tmp_path / "broken", tiny_sd1, "quiet")
+    assert resumed.step == 2 and [row["step"] for row in metrics_of(tmp_path / "broken")] == [1, 2]
+    tensors, expected = resumed.exporter.tensors(), good.exporter.tensors()
+    assert all(torch.equal(tensors[key], expected[key]) for key in expected)
