@@ -15,7 +15,8 @@ def lora_linear(x: Tensor, base: nn.Linear, down: Tensor, up: Tensor, scale: flo
     down: (r, in) and up: (out, r), float32, cast for the products; their gradients are float32. For the backward pass
     only `x` and x · downᵀ are kept.
     """
-    return _LoRALinear.apply(x, base.weight, base.bias, down, up, scale)  # pyright: ignore[reportReturnType]
+    output: Any = _LoRALinear.apply(x, base.weight, base.bias, down, up, scale)  # pyright: ignore[reportUnknownMemberType]
+    return output
 
 
 def can_fuse(x: Tensor, base: nn.Module) -> bool:

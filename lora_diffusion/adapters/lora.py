@@ -74,7 +74,8 @@ class LoRA(Adapter):
         return torch.cat([down - self.start_down, self.start_down]), torch.cat([up, up - self.start_up], dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.strength == 0 or self.dropout_seed is not None or not can_fuse(x, self.base):
+        drops_hidden = self.dropout_seed is not None and (self.dropout.element > 0 or self.dropout.rank > 0)
+        if self.strength == 0 or drops_hidden or self.is_dropped() or not can_fuse(x, self.base):
             return super().forward(x)
         assert isinstance(self.base, nn.Linear)
         return lora_linear(x, self.base, *self.factors(), self.strength * self.scale)
