@@ -62,8 +62,7 @@ def build(
     with accelerator.main_process_first():  # one process fills the caches, the others find them filled
         latents, text = fill_caches(config, model, data, track)
     release_unused(config, model)
-    if accelerator.device.type == "cpu" and has_fast_bf16():
-        pack_convolutions(model.unet)
+    pack_for_cpu(model, accelerator.device)
     adapters = inject_adapters(config, model, is_resumed=resume)
     if config.model.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
@@ -134,6 +133,12 @@ def release_unused(config: TrainConfig, model: DiffusionModel) -> None:
         return
     is_as_on_disk = not config.adapter.text_encoder and not config.model.merge
     model.release(part for part in model.reloads if part == "vae" or is_as_on_disk)
+
+
+def pack_for_cpu(model: DiffusionModel, device: torch.device) -> None:
+    """On a CPU that computes in bfloat16: bring a bfloat16 base's convolutions into its own order."""
+    if device.type == "cpu" and has_fast_bf16():
+        pack_convolutions(model.unet)
 
 
 # Assembly

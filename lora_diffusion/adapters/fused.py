@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,8 @@ def lora_linear(x: Tensor, base: nn.Linear, down: Tensor, up: Tensor, scale: flo
     down: (r, in) and up: (out, r), float32, cast for the products; their gradients are float32. For the backward pass
     only `x` and x · downᵀ are kept.
     """
-    output: Any = _LoRALinear.apply(x, base.weight, base.bias, down, up, scale)  # pyright: ignore[reportUnknownMemberType]
-    return output
+    output = _LoRALinear.apply(x, base.weight, base.bias, down, up, scale)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    return cast(Tensor, output)
 
 
 def can_fuse(x: Tensor, base: nn.Module) -> bool:
