@@ -11,7 +11,7 @@ from lora_diffusion.config import TrainConfig
 from lora_diffusion.data.duplicates import find_near_duplicates
 from lora_diffusion.data.folder import NO_CAPTION, build_report
 from lora_diffusion.progress import Track, silent
-from lora_diffusion.recipe import load_base, resolve_device, resolve_precision, run_steps
+from lora_diffusion.recipe import load_base, pack_for_cpu, resolve_device, resolve_precision, run_steps
 from lora_diffusion.recipe_adapters import inject_adapters
 from lora_diffusion.recipe_data import TrainingSet, read_training_set, token_counts
 from lora_diffusion.training.estimate import estimate_step
@@ -70,6 +70,7 @@ def check_run(config: TrainConfig, track: Track = silent) -> CheckReport:
     data = read_training_set(config, model, 1, track)
     tokens = token_counts(config, model, data)
     data_report = build_report(data.scans, tokens, config.model.max_tokens)
+    pack_for_cpu(model, device)
     adapters = [adapter for group in inject_adapters(config, model).values() for adapter in group.values()]
     if config.model.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()

@@ -88,8 +88,7 @@ def build_on(
         latents, text = fill_caches(config, base, data, track)
     if not is_shared:
         release_unused([config], model)
-    if accelerator.device.type == "cpu" and has_fast_bf16():
-        pack_convolutions(model.unet)
+    pack_for_cpu(model, accelerator.device)
     adapters = inject_adapters(config, model, is_resumed=resume)
     if config.model.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
@@ -161,6 +160,12 @@ def release_unused(configs: Sequence[TrainConfig], model: DiffusionModel) -> Non
         return
     is_as_on_disk = not any(config.adapter.text_encoder or config.model.merge for config in configs)
     model.release(part for part in model.reloads if part == "vae" or is_as_on_disk)
+
+
+def pack_for_cpu(model: DiffusionModel, device: torch.device) -> None:
+    """On a CPU that computes in bfloat16: bring a bfloat16 base's convolutions into its own order."""
+    if device.type == "cpu" and has_fast_bf16():
+        pack_convolutions(model.unet)
 
 
 # Assembly

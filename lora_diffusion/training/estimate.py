@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lora_diffusion.adapters.base import Adapter
 from lora_diffusion.models.base import Conditioning, DiffusionModel, size_numbers
+from lora_diffusion.models.packed_conv import PackedConv2d
 from lora_diffusion.streams import stream
 
 _QUICK_S = 2.0  # a forward pass below this, counting included, is followed by whole steps that are timed
@@ -53,6 +54,7 @@ def estimate_step(
     memory = (
         _baseline_bytes(device)
         + sum(p.numel() * p.element_size() for p in model.parameters())
+        + sum(m.packed_bytes for m in model.modules() if isinstance(m, PackedConv2d))
         + activations * batch_size
         + sum(p.numel() * p.element_size() for p in trained.values()) * (_OPTIMIZER_COPIES - 1)
     )
