@@ -73,6 +73,17 @@ def test_a_page_is_quiet_and_takes_texts_for_texts(
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+@pytest.mark.parametrize(("path", "main"), [("/dataset?set=data/shapes", ".cell"), ("/", "#train-problems .verdict")])
+def test_a_page_waits_for_our_scripts_that_come_late(
+    hostile: Workspace, url: str, open_page: Callable[..., Any], path: str, main: str
+) -> None:
+    page = open_page("about:blank")
+    page.route("**/static-ui/*.js*", lambda route: (time.sleep(1.5), route.continue_()))
+    page.goto(f"{url}{path}")
+
+    page.locator(main).first.wait_for(timeout=WAIT_MS)
+
+
 def test_the_inspector_takes_texts_for_texts(hostile: Workspace, url: str, open_page: Callable[..., Any]) -> None:
     page = open_page(f"{url}/adapters")
     page.locator(".lora").first.click(timeout=WAIT_MS)
