@@ -20,12 +20,13 @@ def table(result: Mapping[str, Any]) -> str:
         f"{result['base']}, {result['pixels']} px, {result['precision']}, batch {result['batch_size']}, "
         f"{result['hardware']}, {result['date']}",
         "",
-        "| trainer | s per step | CPU s per step | whole run s | peak MB | per step | whole run |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| trainer | s per step | CPU s per step | whole run s | peak MB | per step | per step, CPU | whole run |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for record in result["trainers"]:
         ratio = result["ratios"].get(record["trainer"])
-        compared = f"{ratio['wall_s_per_step']:.2f}x | {ratio['run_wall_s']:.2f}x" if ratio else "|"
+        keys = ("wall_s_per_step", "cpu_s_per_step", "run_wall_s")
+        compared = " | ".join(f"{ratio[key]:.2f}x" if ratio else "" for key in keys)
         lines.append(
             f"| {record['trainer']} | {record['wall_s_per_step']:.3f} | {record['cpu_s_per_step']:.3f} "
             f"| {record['run_wall_s']:.0f} | {record['peak_mb']:.0f} | {compared} |"

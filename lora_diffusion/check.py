@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import torch
 
 from lora_diffusion.adapters.base import Adapter
 from lora_diffusion.config import TrainConfig
 from lora_diffusion.data.duplicates import find_near_duplicates
 from lora_diffusion.data.folder import NO_CAPTION, build_report
+from lora_diffusion.models.base import Conditioning, DiffusionModel
 from lora_diffusion.progress import Track, silent
-from lora_diffusion.recipe import load_base, resolve_device, resolve_precision, run_steps
-from lora_diffusion.recipe_adapters import inject_adapters
-from lora_diffusion.recipe_data import TrainingSet, read_training_set, token_counts
-from lora_diffusion.training.estimate import estimate_step
+from lora_diffusion.recipe import load_base, prepare_model, resolve_device, resolve_precision, run_steps
+from lora_diffusion.recipe_data import TrainingSet, latent_batch_size, read_training_set, token_counts
+from lora_diffusion.training.estimate import StepEstimate, encoding_bytes, estimate_step
+from lora_diffusion.training.memory import PeakMemory
 
 _CROP_LOSS_WORTH_A_LOOK = 0.2
 _LISTED = 8  # names per finding on the terminal; --json has them all
@@ -56,6 +60,8 @@ class CheckReport:
     seconds_per_step: float
     training_seconds: float
     memory_bytes: int
+    largest_batch: int
+    memory_limit_bytes: int
     findings: tuple[Finding, ...]
 
     def to_json(self) -> str:
@@ -63,23 +69,21 @@ class CheckReport:
 
 
 def check_run(config: TrainConfig, track: Track = silent) -> CheckReport:
-    """Read every picture and caption, load the base, run its UNet once. Writes nothing. Raises UserError."""
+    """Read every picture and caption, load the base, train it for some steps. Writes nothing. Raises UserError."""
     device = resolve_device(config.run.device)
     dtype = resolve_precision(config.run.precision, device)
-    model = load_base(config, dtype, device)
+    with PeakMemory(device) as loading:
+        model = load_base(config, dtype, device)
     data = read_training_set(config, model, 1, track)
     tokens = token_counts(config, model, data)
     data_report = build_report(data.scans, tokens, config.model.max_tokens)
-    adapters = [adapter for group in inject_adapters(config, model).values() for adapter in group.values()]
-    if config.model.gradient_checkpointing:
-        model.unet.enable_gradient_checkpointing()
     steps = run_steps(config, data)
+    largest = max((sample.bucket for sample in data.training), key=lambda bucket: bucket.width * bucket.height)
+    encoding = encoding_bytes(model, largest, latent_batch_size(data))
+    text = _encoder(config, model)
+    adapters = [adapter for group in prepare_model(config, model).values() for adapter in group.values()]
     step = estimate_step(
-        model,
-        max((sample.bucket for sample in data.training), key=lambda bucket: bucket.width * bucket.height),
-        config.run.batch_size,
-        accumulation=config.run.gradient_accumulation,
-        num_tokens=config.model.max_tokens,
+        model, largest, config.run.batch_size, encode=text, accumulation=config.run.gradient_accumulation
     )
     steps_per_epoch = data.batches.batches_per_epoch / config.run.gradient_accumulation
     return CheckReport(
@@ -106,22 +110,40 @@ def check_run(config: TrainConfig, track: Track = silent) -> CheckReport:
         adapter_parameters=_num_trained(adapters),
         seconds_per_step=step.seconds,
         training_seconds=step.seconds * steps,
-        memory_bytes=step.memory_bytes,
-        findings=_findings(config, data, data_report, track),
+        memory_bytes=max(loading.bytes, encoding, step.memory_bytes),
+        largest_batch=step.largest_batch,
+        memory_limit_bytes=step.limit_bytes,
+        findings=_findings(config, data, data_report, step, track),
     )
+
+
+def _encoder(config: TrainConfig, model: DiffusionModel) -> Callable[[], Conditioning]:
+    """What a step gets of one caption: encoded there if the text encoder is trained, otherwise beforehand."""
+
+    def encode() -> Conditioning:
+        return model.encode_text([""], clip_skip=config.model.clip_skip, chunks=config.model.max_tokens // 75)
+
+    if config.adapter.text_encoder:
+        return encode
+    with torch.no_grad():
+        text = encode()
+    return lambda: text
 
 
 def _num_trained(adapters: list[Adapter]) -> int:
     return sum(parameter.numel() for adapter in adapters for parameter in adapter.trained())
 
 
-def _findings(config: TrainConfig, data: TrainingSet, report: dict[str, Any], track: Track) -> tuple[Finding, ...]:
+def _findings(
+    config: TrainConfig, data: TrainingSet, report: dict[str, Any], step: StepEstimate, track: Track
+) -> tuple[Finding, ...]:
     """Everything a person may want to act on, the gravest first."""
     notes: dict[str, list[str]] = {}
     for note in report["notes"]:
         notes.setdefault(note["kind"], []).append(f"{note['file']}: {note['message']}")
     near = find_near_duplicates([*data.training, *data.validation], track=track)
     found = [
+        Finding("batch size beyond the memory that is free", _too_large(config.run.batch_size, step)),
         Finding("settings without effect", config.warnings()),
         Finding("files left out", tuple(f"{entry['file']}: {entry['reason']}" for entry in report["left_out"])),
         Finding(
@@ -140,6 +162,16 @@ def _findings(config: TrainConfig, data: TrainingSet, report: dict[str, Any], tr
         Finding("pictures that look almost the same", tuple(f"{a.name} and {b.name}" for a, b in near)),
     ]
     return tuple(finding for finding in found if finding.items)
+
+
+def _too_large(batch_size: int, step: StepEstimate) -> tuple[str, ...]:
+    if batch_size <= step.largest_batch:
+        return ()
+    free = f"{step.limit_bytes / 2**30:.1f} GB"
+    remedy = "[model] gradient_checkpointing = true, a smaller resolution or [model] quantise need less"
+    if step.largest_batch == 0:
+        return (f"not even one picture at a time fits into {free}: {remedy}",)
+    return (f"run.batch_size is {batch_size}, but {step.largest_batch} fits into {free}; {remedy}",)
 
 
 def render_report(report: CheckReport) -> None:
@@ -178,6 +210,8 @@ def _rows(report: CheckReport) -> list[tuple[str, str]]:
         ("adapter", f"{report.adapter_layers} layers, {report.adapter_parameters:,} trained values"),
         ("estimate", f"{report.seconds_per_step:.2f} s per step, {_duration(report.training_seconds)} in all, "
                      f"{report.memory_bytes / 2**30:.1f} GB on {report.device} in {report.precision}"),
+        ("largest batch", f"{report.largest_batch} would fit into the {report.memory_limit_bytes / 2**30:.1f} GB "
+                          "that are free"),
     ]  # fmt: skip
 
 

@@ -155,8 +155,9 @@ class ModelConfig(Section):
     merge: Texts = ()
     """Adapters to merge into the base before training, as `"file.safetensors"` or `"file.safetensors:0.8"`. The new
     adapter is made for that mixture: use it together with them."""
-    gradient_checkpointing: bool = False
-    """Compute parts of the forward pass twice instead of storing them: far less memory, about a third more time."""
+    gradient_checkpointing: bool | Literal["outer"] = False
+    """Compute parts of the forward pass twice instead of storing them: far less memory, about a third more time.
+    `outer`: only those on the largest pictures, which keep the most."""
 
 
 class AdapterConfig(Section):

@@ -22,6 +22,7 @@ from lora_diffusion.formats.argument import parse_adapter
 from lora_diffusion.formats.metadata import TrainingFacts, build_metadata
 from lora_diffusion.generation.engine import Engine, Request
 from lora_diffusion.models.base import Conditioning, DiffusionModel
+from lora_diffusion.models.checkpointing import checkpoint_blocks
 from lora_diffusion.models.load import load_model
 from lora_diffusion.models.packed_conv import has_fast_bf16, pack_convolutions
 from lora_diffusion.progress import Track, silent
@@ -86,19 +87,26 @@ def build_on(
     run_steps(config, data)
     with accelerator.main_process_first():  # one process fills the caches, the others find them filled
         latents, text = fill_caches(config, base, data, track)
-    if not is_shared:
-        release_unused([config], model)
-    if accelerator.device.type == "cpu" and has_fast_bf16():
-        pack_convolutions(model.unet)
-    adapters = inject_adapters(config, model, is_resumed=resume)
-    if config.model.gradient_checkpointing:
-        model.unet.enable_gradient_checkpointing()
+    adapters = prepare_model(config, model, is_shared=is_shared, is_resumed=resume)
     trainer = _assemble(config, run, accelerator, model, data, latents, text, adapters, previewer)
     if resume:
         resume_from_newest(trainer)
     if accelerator.is_main_process:
         write_report(run.dataset_report, data.scans, token_counts(config, model, data), config.model.max_tokens)
     return trainer
+
+
+def prepare_model(
+    config: TrainConfig, model: DiffusionModel, *, is_shared: bool = False, is_resumed: bool = False
+) -> Adapters:
+    """From a base that has encoded what is cached to one that is trained; returns its adapters."""
+    if not is_shared:
+        release_unused([config], model)
+    pack_for_cpu(model, next(model.unet.parameters()).device)
+    adapters = inject_adapters(config, model, is_resumed=is_resumed)
+    if config.model.gradient_checkpointing:
+        checkpoint_blocks(model.unet, only_outer=config.model.gradient_checkpointing == "outer")
+    return adapters
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -161,6 +169,12 @@ def release_unused(configs: Sequence[TrainConfig], model: DiffusionModel) -> Non
         return
     is_as_on_disk = not any(config.adapter.text_encoder or config.model.merge for config in configs)
     model.release(part for part in model.reloads if part == "vae" or is_as_on_disk)
+
+
+def pack_for_cpu(model: DiffusionModel, device: torch.device) -> None:
+    """On a CPU that computes in bfloat16: bring a bfloat16 base's convolutions into its own order."""
+    if device.type == "cpu" and has_fast_bf16():
+        pack_convolutions(model.unet)
 
 
 # Assembly
@@ -353,7 +367,7 @@ def _facts(
         num_train_images=len(data.training),
         batch_size=run.batch_size,
         gradient_accumulation=run.gradient_accumulation,
-        gradient_checkpointing=config.model.gradient_checkpointing,
+        gradient_checkpointing=bool(config.model.gradient_checkpointing),
         unet_lr=config.optimizer.lr,
         text_encoder_lr=learning_rates(config)["text_encoder"] if config.adapter.text_encoder else None,
         lr_schedule=config.schedule.name,

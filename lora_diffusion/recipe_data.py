@@ -124,12 +124,18 @@ def fill_caches(
         samples = [sample for sample in data.training if config.dataset[sample.source].flip == flips]
         samples += data.validation if not flips else ()  # validation never mirrors
         if samples:
-            report = latents.fill(samples, flips=flips, batch_size=4, track=track)
+            report = latents.fill(samples, flips=flips, batch_size=latent_batch_size(data), track=track)
             logger.info("latents%s: %s", " and mirror images" if flips else "", report)
     text = base.texts(folder, config.model.clip_skip, config.model.max_tokens // 75)
     if not config.adapter.text_encoder:
         text.fill(_first_captions(config, data), batch_size=16, track=track)
     return latents, text
+
+
+def latent_batch_size(data: TrainingSet) -> int:
+    """Pictures that the VAE encodes at once: four of 512 x 512 px, and fewer of larger ones, which take much memory."""
+    largest = max(sample.bucket.width * sample.bucket.height for sample in data.training)
+    return min(4, max(1, 4 * 512 * 512 // largest))
 
 
 def _first_captions(config: TrainConfig, data: TrainingSet) -> list[str]:

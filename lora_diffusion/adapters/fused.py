@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,18 @@ def lora_linear(x: Tensor, base: nn.Linear, down: Tensor, up: Tensor, scale: flo
     """
     apply: Any = _LoRALinear.apply  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     return apply(x, base.weight, base.bias, down, up, scale)
+
+
+def joint_lora_linear(
+    x: Tensor, base: nn.Linear, rows: Sequence[int], factors: Sequence[tuple[Tensor, Tensor]], scales: Sequence[float]
+) -> Tensor:
+    """`lora_linear` with one product of the layer for all: the next `rows[i]` of x have `factors[i]` and `scales[i]`.
+
+    factors: (down, up) each. No output is copied: each LoRA adds to its rows in place.
+    """
+    apply: Any = _JointLoRALinear.apply  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    flat = [factor for pair in factors for factor in pair]
+    return apply(x, base.weight, base.bias, tuple(rows), tuple(scales), *flat)
 
 
 def can_fuse(x: Tensor, base: nn.Module) -> bool:
@@ -50,6 +63,57 @@ class _LoRALinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = (grad_rows @ weight).addmm_(grad_hidden, down.to(x.dtype)).reshape(x.shape)
         return grad_x, None, None, grad_down, grad_up, None
+
+
+class _JointLoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: tuple[int, ...],
+        scales: tuple[float, ...],
+        *factors: Tensor,
+    ) -> Tensor:
+        output = nn.functional.linear(x, weight, bias)
+        hidden: list[Tensor] = []
+        parts = zip(
+            torch.split(x, list(rows)),
+            torch.split(output, list(rows)),
+            factors[::2],
+            factors[1::2],
+            scales,
+            strict=True,
+        )
+        for part, made, down, up, scale in parts:
+            hidden.append(_rows(part) @ down.to(x.dtype).T)  # (rows, r)
+            made.view(-1, made.shape[-1]).addmm_(hidden[-1], up.to(x.dtype).T, alpha=scale)
+        ctx.save_for_backward(x, weight, *hidden, *factors)
+        ctx.rows, ctx.scales = rows, scales
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight, *saved = ctx.saved_tensors
+        count = len(ctx.rows)
+        hidden, factors = saved[:count], saved[count:]
+        wants_x = bool(ctx.needs_input_grad[0])
+        grad_x = grad_output @ weight if wants_x else torch.empty_like(x)
+        grads: list[Tensor] = []
+        parts = zip(
+            *(torch.split(tensor, list(ctx.rows)) for tensor in (x, grad_output.contiguous(), grad_x)),
+            hidden, factors[::2], factors[1::2], ctx.scales, strict=True,
+        )  # fmt: skip
+        for part, grad_part, grad_in, inner, down, up, scale in parts:
+            grad_rows = _rows(grad_part)
+            grad_hidden = (grad_rows @ up.to(x.dtype)).mul_(scale)
+            grads.append((grad_hidden.T @ _rows(part)).to(down.dtype))
+            grads.append((grad_rows.T @ inner).to(up.dtype).mul_(scale))
+            if wants_x:
+                grad_in.view(-1, grad_in.shape[-1]).addmm_(grad_hidden, down.to(x.dtype))
+        return (grad_x if wants_x else None, None, None, None, None, *grads)
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_diffusion.adapters.base import Adapter, Layer
+from lora_diffusion.adapters.fused import joint_lora_linear
+from lora_diffusion.adapters.lora import LoRA
 
 
 class JointLayout:
@@ -59,6 +61,10 @@ class JointAdapters(nn.Module):
         if len(adapters) == 1 and adapters[0] is not None:
             return adapters[0](x)
         rows = [count for _, count in self.layout.shares]
+        fused = [own for own in adapters if isinstance(own, LoRA) and own.is_fused(x)]
+        if isinstance(self.base, nn.Linear) and len(fused) == len(adapters):
+            scales = [own.strength * own.scale for own in fused]
+            return joint_lora_linear(x, self.base, rows, [own.factors() for own in fused], scales)
         parts = torch.split(x, rows)
         given = [part if own is None else own.before_base(part) for own, part in zip(adapters, parts, strict=True)]
         is_same = all(new is old for new, old in zip(given, parts, strict=True))

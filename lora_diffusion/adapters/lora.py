@@ -73,9 +73,13 @@ class LoRA(Adapter):
             return down, up
         return torch.cat([down - self.start_down, self.start_down]), torch.cat([up, up - self.start_up], dim=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def is_fused(self, x: Tensor) -> bool:
+        """Whether layer and adapter are computed as one step of autograd."""
         drops_parts = self.dropout_seed is not None and (self.dropout.element > 0 or self.dropout.rank > 0)
-        if self.strength == 0 or drops_parts or self.is_dropped() or not can_fuse(x, self.base):
+        return self.strength != 0 and not drops_parts and not self.is_dropped() and can_fuse(x, self.base)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.is_fused(x):
             return super().forward(x)
         assert isinstance(self.base, nn.Linear)
         return lora_linear(x, self.base, *self.factors(), self.strength * self.scale)

@@ -1,8 +1,9 @@
-"""How long a step takes and how much memory it needs, told from a few real passes."""
+"""How long a step takes, how much memory it needs and which batch fits, told from a few real steps."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,99 +12,116 @@ from torch import Tensor
 from lora_diffusion.adapters.base import Adapter
 from lora_diffusion.models.base import Conditioning, DiffusionModel, size_numbers
 from lora_diffusion.streams import stream
+from lora_diffusion.training.memory import PeakMemory, memory_limit
 
-_QUICK_S = 2.0  # a forward pass below this, counting included, is followed by whole steps that are timed
+_QUICK_S = 2.0  # a step of one sample below this is followed by steps of the whole batch, which are timed
 _NUM_TIMED = 4  # the first ones also warm caches up
-_BACKWARD_COST = 1.3  # gradients of inputs only, plus the adapters' own; measured on the SD 1.5 architecture
-_OPTIMIZER_COPIES = 4  # adapter weights, gradients, two moments of AdamW, all float32
+_NUM_MOMENTS = 2  # that AdamW keeps of each trained value, float32; a real step here has made gradients, but not these
+_USABLE = 0.92  # of the memory there is: allocators waste some, and other programs want some
+_LARGEST = 4096  # of `run.batch_size`
 
 
 @dataclass(frozen=True)
 class StepEstimate:
-    """seconds: per optimiser step. memory_bytes: peak of the training process or of the GPU."""
+    """seconds: per optimiser step. memory_bytes: peak of the training process or of the GPU.
+
+    largest_batch: what would fit into `limit_bytes`, the memory that is free for it now; 0: not even one picture.
+    """
 
     seconds: float
     memory_bytes: int
+    largest_batch: int
+    limit_bytes: int
 
 
 def estimate_step(
-    model: DiffusionModel, size: tuple[int, int], batch_size: int, *, accumulation: int, num_tokens: int
+    model: DiffusionModel,
+    size: tuple[int, int],
+    batch_size: int,
+    *,
+    encode: Callable[[], Conditioning],
+    accumulation: int,
 ) -> StepEstimate:
-    """Run the UNet, adapters injected, on one sample of `size` (width, height) px and scale the result up.
+    """Run forward and backward passes, adapters injected, on samples of `size` (width, height) px.
 
-    The activations kept for the backward pass are counted as autograd stores them.
+    encode: gives the conditioning of one caption as a step gets it: from a cache, or by the text encoder that is
+    trained. Call it with the model as it is trained, unused parts released and convolutions packed. A step of
+    one sample and, where that is quick, of the whole batch are measured; between and beyond, memory and time of a
+    sample are taken from autograd's count of what it keeps, and from the first step.
     """
     device = next(model.unet.parameters()).device
-    width, height = size
-    shape = (1, model.latent_channels, height // model.latent_factor, width // model.latent_factor)
-    noisy = torch.randn(shape, generator=stream(0, "estimate")).to(device)
-    with torch.no_grad():
-        text = model.encode_text([""], chunks=num_tokens // 75)
-    text = text.with_size(torch.tensor(size_numbers(size, (0, 0), size)))
-    seconds, activations = _forward(model, noisy, text)
-    recomputed = 1.0 if getattr(model.unet, "is_gradient_checkpointing", False) else 0.0
-    if seconds < _QUICK_S:
-        # Small models are bound by the number of operations, not by their size: time the real batch.
-        batch = noisy.expand(batch_size, -1, -1, -1)
-        texts = Conditioning.cat([text] * batch_size)
-        seconds = min(_step(model, batch, texts) for _ in range(_NUM_TIMED))
-    else:
-        seconds *= batch_size * (1 + _BACKWARD_COST + recomputed)
-    trained = {id(p): p for m in model.modules() if isinstance(m, Adapter) for p in m.trained()}
-    memory = (
-        _baseline_bytes(device)
-        + sum(p.numel() * p.element_size() for p in model.parameters())
-        + activations * batch_size
-        + sum(p.numel() * p.element_size() for p in trained.values()) * (_OPTIMIZER_COPIES - 1)
-    )
-    return StepEstimate(seconds * accumulation, memory)
+    probe = _Probe(model, size, encode)
+    held = probe.kept_bytes()
+    first = probe.run(1)
+    again = probe.run(1) if first[0] < _QUICK_S else first  # the first one prepares kernels
+    seconds, peak = min(first[0], again[0]) * batch_size, max(first[1], again[1]) + held * (batch_size - 1)
+    if first[0] < _QUICK_S and batch_size > 1 and peak < memory_limit(device):
+        runs = [probe.run(batch_size) for _ in range(_NUM_TIMED)]
+        seconds, peak = min(run[0] for run in runs), max(run[1] for run in runs)
+    moments = _NUM_MOMENTS * sum(p.numel() * 4 for p in _trained(model))
+    limit = int(memory_limit(device) * _USABLE)
+    room = limit - moments - max(first[1], again[1])
+    largest = min(_LARGEST, 1 + room // max(held, 1)) if room >= 0 else 0
+    return StepEstimate(seconds * accumulation, peak + moments, largest, limit)
 
 
-def _forward(model: DiffusionModel, noisy: Tensor, text: Conditioning) -> tuple[float, int]:
-    """(seconds, bytes that autograd keeps for the backward pass)."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def count(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    timesteps = torch.full((noisy.shape[0],), model.schedule.num_steps // 2, device=noisy.device)
-    with torch.autograd.graph.saved_tensors_hooks(count, _unchanged), torch.enable_grad():
-        started = time.perf_counter()
-        prediction = model.predict(noisy, timesteps, text)
-        _synchronise(noisy.device)
-        seconds = time.perf_counter() - started
-    del prediction
-    return seconds, sum(kept.values())
+def encoding_bytes(model: DiffusionModel, size: tuple[int, int], batch_size: int) -> int:
+    """Peak memory while pictures of `size` (width, height) px are encoded, `batch_size` at once; measured on one."""
+    device = next(model.unet.parameters()).device
+    with PeakMemory(device) as before:
+        pixels = torch.zeros(1, 3, size[1], size[0], device=device)
+    with PeakMemory(device) as during:
+        model.encode_image(pixels)
+    return during.bytes + (batch_size - 1) * (during.bytes - before.bytes)
 
 
-def _step(model: DiffusionModel, noisy: Tensor, text: Conditioning) -> float:
-    """Seconds of a forward and a backward pass. No gradient is left behind."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    timesteps = torch.full((noisy.shape[0],), model.schedule.num_steps // 2, device=noisy.device)
-    started = time.perf_counter()
-    with torch.enable_grad():
-        loss = model.predict(noisy, timesteps, text).float().square().mean()
-        torch.autograd.grad(loss, trained, allow_unused=True)
-    _synchronise(noisy.device)
-    return time.perf_counter() - started
+class _Probe:
+    """Real passes over samples of one size."""
+
+    def __init__(self, model: DiffusionModel, size: tuple[int, int], encode: Callable[[], Conditioning]) -> None:
+        self._model = model
+        self._device = next(model.unet.parameters()).device
+        width, height = size
+        shape = (1, model.latent_channels, height // model.latent_factor, width // model.latent_factor)
+        self._noisy = torch.randn(shape, generator=stream(0, "estimate")).to(self._device)
+        self._encode = encode
+        self._size = torch.tensor(size_numbers(size, (0, 0), size))
+
+    def run(self, batch_size: int) -> tuple[float, int]:
+        """(seconds, peak memory) of a forward and a backward pass. No gradient is left behind."""
+        noisy = self._noisy.expand(batch_size, -1, -1, -1)
+        trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        with PeakMemory(self._device) as memory, torch.enable_grad():
+            started = time.perf_counter()
+            loss = self._predict(noisy).float().square().mean()
+            torch.autograd.grad(loss, trained, allow_unused=True)
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            seconds = time.perf_counter() - started
+        return seconds, memory.bytes
+
+    def kept_bytes(self) -> int:
+        """What autograd keeps of one sample for the backward pass."""
+        parameters = {p.untyped_storage().data_ptr() for p in self._model.parameters()}
+        kept: dict[int, int] = {}
+
+        def count(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), torch.enable_grad():
+            prediction = self._predict(self._noisy)
+        del prediction
+        return sum(kept.values())
+
+    def _predict(self, noisy: Tensor) -> Tensor:
+        text = Conditioning.cat([self._encode() for _ in range(len(noisy))]).with_size(self._size)
+        timesteps = torch.full((len(noisy),), self._model.schedule.num_steps // 2, device=self._device)
+        return self._model.predict(noisy, timesteps, text)
 
 
-def _unchanged(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _baseline_bytes(device: torch.device) -> int:
-    """What the process holds besides the model: libraries on a CPU, the CUDA context on a GPU."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return max(0, total - free - torch.cuda.memory_reserved(device))
-    return 700 * 2**20  # resident size after importing torch, diffusers and transformers
+def _trained(model: DiffusionModel) -> list[Tensor]:
+    found = {id(p): p for m in model.modules() if isinstance(m, Adapter) for p in m.trained()}
+    return list(found.values())

@@ -40,6 +40,34 @@ def make_input(base: Layer, batch: int) -> Tensor:
     return torch.randn(shape, generator=stream(0, "x"))
 
 
+def test_plain_loras_on_a_linear_layer_are_fused_to_the_same_numbers() -> None:
+    base = make_layer("linear")
+    adapters = [ADAPTERS["lora"](base, rank, 3.0, generator=stream(rank, "init")) for rank in (1, 2, 3)]
+    for adapter in adapters:
+        nn.init.normal_(adapter.lora_up.weight, generator=stream(adapter.rank, "up"))
+    joint, layout = joint_of(base, adapters)
+    x = make_input(base, 6).requires_grad_()
+    shares, out = [(2, 1), (0, 3), (1, 2)], torch.randn(6, 3, 8, generator=stream(0, "out"))
+    with layout.divided(shares):
+        fused = joint(x)
+        gradients = torch.autograd.grad(fused, [x, *_trained(adapters)], out)
+        assert fused.grad_fn is not None and "JointLoRALinear" in type(fused.grad_fn).__name__
+        for adapter in adapters:
+            adapter.dropout, adapter.dropout_seed = Dropout(element=1e-9), 1  # drops nothing, by the plain path
+        plain = joint(x)
+        expected = torch.autograd.grad(plain, [x, *_trained(adapters)], out)
+        assert "JointLoRALinear" not in type(plain.grad_fn).__name__
+
+    # float32 sums of 6 to 9 products of size 1 to 10, in another order
+    torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
+    for gradient, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-5, atol=1e-4)
+
+
+def _trained(adapters: Sequence[Adapter]) -> list[nn.Parameter]:
+    return [parameter for adapter in adapters for parameter in adapter.trained()]
+
+
 def joint_of(base: Layer, adapters: Sequence[Adapter]) -> tuple[JointAdapters, JointLayout]:
     layout = JointLayout()
     return JointAdapters(base, layout, dict(enumerate(adapters))), layout

@@ -31,7 +31,10 @@ from webui.services.presets import FIRST, Preset, apply, presets
 from webui.services.site import Site
 from webui.translate import Translator
 
-REVEAL = "() => document.querySelector('#train-report').scrollIntoView({ block: 'nearest', behavior: 'smooth' })"
+REVEAL = """() => {
+    document.querySelector('#train-report').scrollIntoView({ block: 'nearest', behavior: 'smooth' });
+    return [];  // Chromium's scrollIntoView returns something, which Gradio would take for the event's inputs
+}"""
 DRAFT = """async () => {
     while (!window.loraDiffusion) await new Promise((resolve) => setTimeout(resolve, 20));
     return window.loraDiffusion.draft();

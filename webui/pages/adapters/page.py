@@ -6,6 +6,7 @@ import gradio as gr
 
 from webui.pages.adapters import change, library, mix
 from webui.pages.adapters.layout import make_inspector, make_listing, make_title
+from webui.pages.base_choice import follow_bases
 from webui.services.bases import bases
 from webui.services.site import Site
 from webui.translate import Translator
@@ -19,6 +20,7 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
             listing = make_listing(t)
         with gr.Column(scale=5, min_width=320, elem_classes="rail"):
             inspector = make_inspector(t, bases(site.places))
+    follow_bases(site, demo, inspector.mix.base)
     redraw = library.connect(site, t, demo, listing, inspector)
     change.connect(site, t, listing, inspector, redraw)
     mix.connect(site, t, demo, inspector, redraw)

@@ -1,0 +1,64 @@
+"""What `check` says of memory and time against what a training takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_diffusion.check import check_run
+from lora_diffusion.config import TrainConfig
+from lora_diffusion.models.checkpointing import checkpoint_blocks
+from lora_diffusion.models.load import load_model
+from lora_diffusion.streams import stream
+from lora_diffusion.training.estimate import _Probe
+from lora_diffusion.training.memory import PeakMemory, resident_bytes
+from tests.training_runs import draw_pictures, write_config
+
+
+def test_the_peak_is_what_was_held_at_most() -> None:
+    size = 200 * 2**20
+    before = resident_bytes()
+    with PeakMemory(torch.device("cpu")) as memory:
+        held = torch.ones(size // 4)
+        del held
+
+    assert size <= memory.bytes - before < 1.5 * size
+
+
+def test_the_largest_batch_follows_from_what_is_free(
+    tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_config(tmp_path / "run.toml", tiny_sd1, draw_pictures(tmp_path / "pictures"))
+    report = check_run(TrainConfig.load(config, []))
+    assert report.largest_batch > 100 and not any("memory" in finding.what for finding in report.findings)
+
+    monkeypatch.setattr("lora_diffusion.training.estimate.memory_limit", lambda _: 2**20)
+    report = check_run(TrainConfig.load(config, []))
+    assert report.largest_batch == 0
+    assert "not even one picture" in report.findings[0].items[0]
+    assert "gradient_checkpointing" in report.findings[0].items[0]
+
+
+def kept_and_gradients(base: Path, only_outer: bool | None) -> tuple[int, torch.Tensor]:
+    model = load_model(str(base), dtype=torch.float32, device=torch.device("cpu"))
+    model.unet.train()
+    for parameter in model.unet.parameters():
+        parameter.requires_grad_(False)
+    weight = model.unet.conv_in.weight.requires_grad_(True)
+    if only_outer is not None:
+        checkpoint_blocks(model.unet, only_outer=only_outer)
+    text = model.encode_text([""])
+    kept = _Probe(model, (64, 64), lambda: text).kept_bytes()
+    noisy = torch.randn(1, model.latent_channels, 16, 16, generator=stream(0, "noisy"))
+    prediction = model.predict(noisy, torch.tensor([500]), text)
+    (gradient,) = torch.autograd.grad(prediction.square().mean(), [weight])
+    return kept, gradient
+
+
+def test_checkpointed_blocks_keep_less_and_give_the_same_gradients(tiny_sd1: Path) -> None:
+    none, outer, every = (kept_and_gradients(tiny_sd1, only) for only in (None, True, False))
+
+    assert every[0] < outer[0] < none[0]
+    assert torch.equal(none[1], outer[1]) and torch.equal(none[1], every[1])
