@@ -98,10 +98,11 @@ class Engine:
         return self._start(base, report, stopped)
 
     def stop(self) -> None:
-        """End the engine, if there is one: its memory is free then."""
+        """End the engine, if there is one, also one that still loads: its memory is free then."""
         record = self.record()
         if record is not None:
             end(record)
+        self._starting("")
 
     def _start(self, base: str, report: Report, stopped: Stopped) -> Record:
         process = self._starting(base) or self._launch(base)
@@ -121,7 +122,10 @@ class Engine:
         raise EngineError(f"The base did not load within {self.start_timeout_s:.0f} s.")
 
     def _starting(self, base: str) -> psutil.Process | None:
-        """The engine that a web UI which is gone has started, and that does not listen yet: two would not fit."""
+        """The engine that a web UI which is gone has started, and that does not listen yet: two would not fit.
+
+        One with another base is ended.
+        """
         try:
             started = json.loads((self.workspace.private / STARTED).read_text(encoding="utf-8"))
             process = psutil.Process(int(started["pid"]))
