@@ -130,7 +130,7 @@ def test_from_pictures_to_a_merged_adapter(server: Server, open_page: Pages, kee
     assert colour(full) < 0.5 * colour(off)  # ink is black on white
     assert ImageChops.difference(off, half).getbbox() and ImageChops.difference(half, full).getbbox()
     merge_with_neon(page, server, keep)
-    both = draw_with_the_merged_file(page, server, keep)
+    both = draw_with_the_merged_file(page, server, keep, off)
     assert ImageChops.difference(both, off).getbbox() and ImageChops.difference(both, full).getbbox()
     phones_and_darkness(open_page, server, keep)
 
@@ -225,17 +225,17 @@ def merge_with_neon(page: Any, server: Server, keep: Keep) -> None:
     assert (server.root / "adapters" / "ink-and-neon.safetensors").is_file()
 
 
-def draw_with_the_merged_file(page: Any, server: Server, keep: Keep) -> Image.Image:
+def draw_with_the_merged_file(page: Any, server: Server, keep: Keep, like: Image.Image) -> Image.Image:
+    """The picture in the size of `like`: the gallery shows it larger than a grid does."""
     page.goto(f"{server.url}/generate?adapter=adapters/ink-and-neon.safetensors")
     expect(page.locator("#generate-stack output")).to_have_text("1", timeout=WAIT_MS)
     page.locator("#generate-prompt textarea").fill(f"{PROMPT} <lora:ink-and-neon:1>")
     page.get_by_text("fixed", exact=True).click()
     page.locator("#generate-go").click()
-    shot = page.locator(".shot img").first
-    expect(shot).to_be_visible(timeout=ENGINE_MS)
+    expect(page.locator(".shot")).to_have_count(2, timeout=ENGINE_MS)  # the newest first; the other is the sheet
     expect(page.locator(".drawing")).to_have_count(0, timeout=WAIT_MS)
     keep(page, "generate")
-    return picture_at(page, server, shot.get_attribute("src"))
+    return picture_at(page, server, page.locator(".shot img").first.get_attribute("src")).resize(like.size)
 
 
 def phones_and_darkness(open_page: Pages, server: Server, keep: Keep) -> None:
