@@ -59,14 +59,14 @@ def live_tensors(trainer: Trainer, start: str) -> dict[str, Tensor]:
 
 def train_until(trainer: Trainer, step: int) -> None:
     """Ask for a stop as soon as `step` is done, as a signal would."""
-    after_step = trainer._after_step
+    end_step = trainer.end_step
 
     def stop_when_due(*arguments: Any) -> None:
-        after_step(*arguments)
+        end_step(*arguments)
         if trainer.step == step:
             trainer.stop.reason = "test"
 
-    trainer._after_step = stop_when_due
+    trainer.end_step = stop_when_due
     trainer.fit()
     assert trainer.step == step
 
@@ -194,13 +194,13 @@ def test_text_encoder_stops_at_its_last_step_while_the_unet_goes_on(write: Write
     }
     whole = prepare(write("whole", **sections))
     at: dict[int, dict[str, Tensor]] = {}
-    after_step = whole._after_step
+    end_step = whole.end_step
 
     def remember(*arguments: Any) -> None:
-        after_step(*arguments)
+        end_step(*arguments)
         at[whole.step] = whole.exporter.tensors()
 
-    whole._after_step = remember
+    whole.end_step = remember
     expected = tensor_hash(whole.fit())
     text = [name for name in at[1] if name.startswith("lora_te_")]
     unet = [name for name in at[1] if name.startswith("lora_unet_") and "lora_up" in name]

@@ -103,7 +103,7 @@ def test_a_layer_that_sdxl_does_not_read_is_refused_before_any_work(tmp_path: Pa
 def test_sizes_of_the_batch_reach_the_model(tmp_path: Path) -> None:
     trainer = prepare(write(tmp_path, "sdxl"))
     batch = trainer.source[0]
-    text = trainer._conditioning(batch.captions)
+    text = trainer.conditioning(batch.captions)
     with torch.no_grad():
         usual = trainer.loss(batch, text)
         other = trainer.loss(type(batch)(**(vars(batch) | {"sizes": batch.sizes + 100})), text)

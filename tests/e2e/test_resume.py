@@ -66,14 +66,14 @@ def test_run_stopped_at_any_steps_gives_the_same_adapter(
 
 def _train_until(trainer, step: int) -> None:
     """Ask for a stop as soon as `step` is done, as a signal would."""
-    after_step = trainer._after_step
+    end_step = trainer.end_step
 
     def stop_when_due(*arguments) -> None:
-        after_step(*arguments)
+        end_step(*arguments)
         if trainer.step == step:
             trainer.stop.reason = "test"
 
-    trainer._after_step = stop_when_due
+    trainer.end_step = stop_when_due
     trainer.fit()
     assert trainer.step == step
 

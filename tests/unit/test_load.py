@@ -82,11 +82,15 @@ def test_model_is_frozen_and_in_evaluation_mode(folder: Path) -> None:
     assert not any(part.training for part in (model.unet, model.vae, model.text_encoder))
 
 
-def test_vae_stays_float32_when_the_rest_is_bfloat16(folder: Path) -> None:
+@pytest.mark.parametrize(("is_fast", "vae"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_vae_is_bfloat16_with_the_rest_where_the_cpu_computes_in_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, is_fast: bool, vae: torch.dtype
+) -> None:
+    monkeypatch.setattr("lora_diffusion.models.load.has_fast_bf16", lambda: is_fast)
     model = load(folder, dtype=torch.bfloat16)
     assert {p.dtype for p in model.unet.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in model.text_encoder.parameters()} == {torch.bfloat16}
-    assert {p.dtype for p in model.vae.parameters()} == {torch.float32}
+    assert {p.dtype for p in model.vae.parameters()} == {vae}
 
 
 def test_weights_do_not_follow_the_file_after_loading(folder: Path) -> None:
