@@ -40,6 +40,7 @@ def start_run(page: Any, name: str, steps: int) -> None:
     page.wait_for_url(re.compile(r"/run\?id="), timeout=WAIT_MS)
 
 
+@pytest.mark.timed
 def test_the_first_page_is_usable_within_two_seconds(url: str, open_page: Open) -> None:
     page = open_page(url)
     page.locator("#train-start").wait_for(timeout=WAIT_MS)

@@ -66,6 +66,7 @@ def start_clients(url: str) -> list[subprocess.Popen[str]]:
     return processes
 
 
+@pytest.mark.timed
 @pytest.mark.slow
 def test_fifty_clients_for_a_minute_see_no_error_and_do_not_wait(server: WebServer) -> None:
     processes = start_clients(server.url)

@@ -56,6 +56,7 @@ def wait_for_count(page: Any, start: str) -> None:
     wait_for(lambda: count(page).startswith(start), 10)
 
 
+@pytest.mark.timed
 def test_a_thousand_pictures_are_there_within_two_seconds(
     workspace: Workspace, url: str, open_page: Callable[..., Any]
 ) -> None:

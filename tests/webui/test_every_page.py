@@ -93,6 +93,7 @@ def test_the_inspector_takes_texts_for_texts(hostile: Workspace, url: str, open_
     assert page.locator("img[src=x]").count() == 0
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("path", [page.path for page in PAGES])
 def test_every_page_shows_its_main_part_within_two_seconds(
     hostile: Workspace, url: str, open_page: Callable[..., Any], path: str
@@ -110,6 +111,7 @@ def test_every_page_shows_its_main_part_within_two_seconds(
     assert min(took) < 2.0
 
 
+@pytest.mark.timed
 @pytest.mark.slow
 def test_two_thousand_adapters_are_listed_within_three_seconds(hostile: Workspace) -> None:
     from lora_diffusion.jobs.queue import Queue
