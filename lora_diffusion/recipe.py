@@ -1,4 +1,7 @@
-"""From a config to a trainer, where settings meet classes: read it to see how a run is wired (data: recipe_data)."""
+"""From a config to a trainer, where settings meet classes: read it to see how a run is wired.
+
+Its parts: recipe_base, recipe_data, recipe_adapters.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +25,9 @@ from lora_diffusion.formats.argument import parse_adapter
 from lora_diffusion.formats.metadata import TrainingFacts, build_metadata
 from lora_diffusion.generation.engine import Engine, Request
 from lora_diffusion.models.base import Conditioning, DiffusionModel
-from lora_diffusion.models.checkpointing import checkpoint_blocks
-from lora_diffusion.models.load import load_model
-from lora_diffusion.models.packed_conv import has_fast_bf16, pack_convolutions
 from lora_diffusion.progress import Track, silent
-from lora_diffusion.recipe_adapters import (
-    Adapters,
-    hashes_of_merged,
-    inject_adapters,
-    learning_rates,
-    merge_into_base,
-    parameter_groups,
-)
+from lora_diffusion.recipe_adapters import Adapters, hashes_of_merged, learning_rates, parameter_groups
+from lora_diffusion.recipe_base import DTYPES, load_base, prepare_model, resolve_device, resolve_precision
 from lora_diffusion.recipe_data import (
     SharedBase,
     TrainingSet,
@@ -46,16 +40,15 @@ from lora_diffusion.runs import RunFolder
 from lora_diffusion.training.batches import BatchSource, DrawOptions, Share, SourceOptions
 from lora_diffusion.training.export import Exporter
 from lora_diffusion.training.optimizers import build_optimizer, learning_rate_curve
+from lora_diffusion.training.plan import Launch, Plan
 from lora_diffusion.training.previews import Previewer
 from lora_diffusion.training.regularise import Regulariser
 from lora_diffusion.training.resume import resume_from_newest
 from lora_diffusion.training.step import DenoisingLoss, cached_text, train_only_adapters
-from lora_diffusion.training.trainer import Launch, Plan, Trainer
+from lora_diffusion.training.trainer import Trainer
 from lora_diffusion.training.validation import Validator
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def build(
@@ -96,19 +89,6 @@ def build_on(
     return trainer
 
 
-def prepare_model(
-    config: TrainConfig, model: DiffusionModel, *, is_shared: bool = False, is_resumed: bool = False
-) -> Adapters:
-    """From a base that has encoded what is cached to one that is trained; returns its adapters."""
-    if not is_shared:
-        release_unused([config], model)
-    pack_for_cpu(model, next(model.unet.parameters()).device)
-    adapters = inject_adapters(config, model, is_resumed=is_resumed)
-    if config.model.gradient_checkpointing:
-        checkpoint_blocks(model.unet, only_outer=config.model.gradient_checkpointing == "outer")
-    return adapters
-
-
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """Accelerate's view of devices and processes. The loss scaler is on for fp16 only."""
     device = resolve_device(config.run.device)
@@ -118,63 +98,6 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     may_be_unused = config.adapter.module_dropout > 0 or config.adapter.text_encoder
     ddp = DistributedDataParallelKwargs(find_unused_parameters=may_be_unused)
     return Accelerator(cpu=device.type == "cpu", mixed_precision="fp16" if uses_fp16 else "no", kwargs_handlers=[ddp])
-
-
-def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU if there is one. Raises UserError where CUDA is asked for and missing."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError('[run] device = "cuda", but torch finds no CUDA device. Use device = "auto" or "cpu".')
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def resolve_precision(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bf16 on GPUs that have it, fp16 on older ones, fp32 on a CPU."""
-    if name == "auto":
-        if device.type != "cuda":
-            return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    if name == "fp16" and device.type == "cpu":
-        raise UserError('[run] precision = "fp16" overflows and is slow on a CPU. Use "fp32", "bf16" or "auto".')
-    return DTYPES[name]
-
-
-def load_base(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> DiffusionModel:
-    """The base that training sees: with the adapters of `model.merge` in its weights."""
-
-    def prepare(model: DiffusionModel) -> None:
-        model.check_clip_skip(config.model.clip_skip)
-        merge_into_base(config, model)
-
-    return load_model(
-        config.model.path,
-        family=config.model.family,
-        prediction=config.model.prediction,
-        zero_terminal_snr=config.model.zero_terminal_snr,
-        configs=config.model.configs,
-        dtype=dtype,
-        device=device,
-        attention=config.model.attention,
-        quantise=config.model.quantise,
-        prepare=prepare,
-    )
-
-
-def release_unused(configs: Sequence[TrainConfig], model: DiffusionModel) -> None:
-    """Free what the steps do without once all is cached. A picture asked for later loads it again, and keeps it.
-
-    configs: of all trainings on this base. With preview prompts nothing is freed: it would be loaded again before the
-    first step.
-    """
-    if any(config.preview.prompts for config in configs):
-        return
-    is_as_on_disk = not any(config.adapter.text_encoder or config.model.merge for config in configs)
-    model.release(part for part in model.reloads if part == "vae" or is_as_on_disk)
-
-
-def pack_for_cpu(model: DiffusionModel, device: torch.device) -> None:
-    """On a CPU that computes in bfloat16: bring a bfloat16 base's convolutions into its own order."""
-    if device.type == "cpu" and has_fast_bf16():
-        pack_convolutions(model.unet)
 
 
 # Assembly

@@ -38,7 +38,17 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Group (a folder, a file, or the files config*.py) → groups below it. Everything else is on top and imports freely."""
 
 ON_TOP = {
-    *("launch", "recipe", "recipe_adapters", "recipe_data", "training_run", "check", "sweep_run", "sweep_pictures"),
+    *(
+        "launch",
+        "recipe",
+        "recipe_adapters",
+        "recipe_base",
+        "recipe_data",
+        "training_run",
+        "check",
+        "sweep_run",
+        "sweep_pictures",
+    ),
     *("cli", "cli_base", "cli_files", "cli_merge", "cli_serve", "cli_sweep", "cli_queue", "cli_ui", "__main__"),
 }
 NEVER_TORCH = [

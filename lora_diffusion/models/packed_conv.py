@@ -77,11 +77,6 @@ class PackedConv2d(nn.Conv2d):
             self.out_channels, self.in_channels, *self.kernel_size
         )
 
-    @property
-    def packed_bytes(self) -> int:
-        """Memory of both packed weights."""
-        return 2 * self.weight.numel() * self.dtype.itemsize
-
     def dequantised_weight(self) -> Tensor:
         """The weight (out, in, k, k), bit for bit the one that was packed. Unpacked anew at each call."""
         return self.packed.to_dense()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 
@@ -19,7 +19,6 @@ from lora_diffusion.tools.inspect import facts_of
 from lora_diffusion.tools.outputs import check_output
 from lora_diffusion.tools.readers import Reading, what_readers_do
 
-Precision = Literal["same", "fp16", "bf16", "fp32"]
 DTYPES: dict[str, torch.dtype | None] = {
     "same": None,
     "fp16": torch.float16,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -23,6 +23,7 @@ from lora_diffusion.training.batches import Batch, BatchSource, load_batches
 from lora_diffusion.training.checkpoint import Checkpoint, save_checkpoint
 from lora_diffusion.training.export import Exporter
 from lora_diffusion.training.optimizers import drop_ended_gradients, has_ended, set_learning_rate
+from lora_diffusion.training.plan import Plan
 from lora_diffusion.training.previews import Previewer
 from lora_diffusion.training.quiet_step import QuietLoop, QuietStep, ResidentTexts
 from lora_diffusion.training.regularise import Regulariser
@@ -36,25 +37,6 @@ logger = logging.getLogger(__name__)
 _HEARTBEAT_EVERY_S = 2.0
 _STEPS_AHEAD = 4  # that are launched before their values are known; more would gain nothing
 _RESIDENT_TEXT_BYTES = 2**30  # of embeddings on the device; 9,000 captions of SD 1.x in bfloat16
-
-Launch = Literal["eager", "quiet", "graph"]
-"""How steps reach the device: operation by operation, each value waited for; without waiting; as one CUDA graph."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How long a run is and when it saves, draws, validates and logs. All in optimiser steps; 0 switches off."""
-
-    steps: int
-    accumulation: int = 1
-    max_grad_norm: float = 1.0
-    save_every: int = 0
-    keep_checkpoints: int = 2
-    preview_every: int = 0
-    validate_every: int = 0
-    log_every: int = 1
-    loader_workers: int = 0
-    launch: Launch = "eager"
 
 
 @dataclass

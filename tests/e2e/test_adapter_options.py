@@ -20,7 +20,7 @@ from lora_diffusion.errors import UserError
 from lora_diffusion.formats.adapter_file import AdapterFile
 from lora_diffusion.formats.metadata import MINIMUM_KEYS
 from lora_diffusion.models.load import load_model
-from lora_diffusion.recipe import load_base
+from lora_diffusion.recipe_base import load_base
 from lora_diffusion.training.trainer import Trainer
 from tests.random_adapters import random_adapter
 from tests.training_runs import draw_pictures, launch, prepare, tensor_hash, write_config

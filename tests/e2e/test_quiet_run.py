@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from lora_diffusion.errors import RunError
-from lora_diffusion.training.trainer import Launch, Trainer
+from lora_diffusion.training.plan import Launch
+from lora_diffusion.training.trainer import Trainer
 from tests.training_runs import draw_pictures, prepare, write_config
 
 DATA: dict[str, dict[str, Any]] = {

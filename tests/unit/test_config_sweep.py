@@ -143,7 +143,10 @@ def test_members_must_share_the_base_and_nothing_else(tmp_path: Path, changes: d
 
 def test_settings_of_the_text_that_leave_the_base_alone_may_differ(tmp_path: Path) -> None:
     other = write(tmp_path, "b", model={"clip_skip": 2, "max_tokens": 150}, run={"name": "b", "output": "b"})
-    check_together(written_out([write(tmp_path), other], []))
+    members = written_out([write(tmp_path), other], [])
+    check_together(members)
+
+    assert [member.config.model.clip_skip for member in members] == [1, 2]
 
 
 def test_one_run_is_no_sweep(tmp_path: Path) -> None:

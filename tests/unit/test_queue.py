@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import sqlite3
 import sys
@@ -392,6 +393,8 @@ def test_the_database_stays_whole_while_many_write(work: Bench) -> None:
 def test_no_child_of_the_runner_stays_a_zombie(work: Bench) -> None:
     id = work.queue.add(toml()).id
     work.work_until(id, "finished")
+    state = RunFolder(work.queue.job(id).run).read_state()
+    assert state is not None and state.pid != os.getpid(), "there was a child"
 
     def has_none() -> bool:
         work.runner.turn()

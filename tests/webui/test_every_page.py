@@ -78,10 +78,12 @@ def test_a_page_waits_for_our_scripts_that_come_late(
     hostile: Workspace, url: str, open_page: Callable[..., Any], path: str, main: str
 ) -> None:
     page = open_page("about:blank")
-    page.route("**/static-ui/*.js*", lambda route: (time.sleep(1.5), route.continue_()))
+    late: list[str] = []
+    page.route("**/static-ui/*.js*", lambda route: (late.append(route.request.url), time.sleep(1.5), route.continue_()))
     page.goto(f"{url}{path}")
 
-    page.locator(main).first.wait_for(timeout=WAIT_MS)
+    expect(page.locator(main).first).to_be_visible(timeout=WAIT_MS)
+    assert late, "no script came late: nothing was tested"
 
 
 def test_the_inspector_takes_texts_for_texts(hostile: Workspace, url: str, open_page: Callable[..., Any]) -> None:

@@ -22,6 +22,7 @@ from lora_diffusion.errors import UserError
 from lora_diffusion.files import write_json_atomically
 from lora_diffusion.generation.request import Request
 from lora_diffusion.jobs.processes import reap_when_done, start_detached, start_time
+from lora_diffusion.runs import is_process
 from lora_diffusion.workspace import Workspace
 from webui.services.drawings import NoLongerWanted, Progress, Report, Stopped
 
@@ -65,14 +66,14 @@ class Engine:
         """The running engine; None if there is none, or another process has its number now."""
         try:
             values = json.loads((self.workspace.private / RECORD).read_text(encoding="utf-8"))
-            process = psutil.Process(int(values["pid"]))
-            if abs(process.create_time() - float(values["process_start"])) > 1 or not process.is_running():
+            pid = int(values["pid"])
+            if not is_process(pid, float(values["process_start"])):
                 return None
             host = str(values["host"])
             host = f"[{host}]" if ":" in host else host.replace("0.0.0.0", "127.0.0.1")
             url = f"http://{host}:{int(values['port'])}"
-            return Record(process.pid, url, str(values["token"]), self._base_of(process.pid) or str(values["base"]))
-        except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+            return Record(pid, url, str(values["token"]), self._base_of(pid) or str(values["base"]))
+        except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def draw(self, base: str, requests: Sequence[Request], report: Report, stopped: Stopped) -> Iterator[bytes]:
@@ -128,9 +129,9 @@ class Engine:
         """
         try:
             started = json.loads((self.workspace.private / STARTED).read_text(encoding="utf-8"))
-            process = psutil.Process(int(started["pid"]))
-            if abs(process.create_time() - float(started["process_start"])) > 1 or not _is_alive(process):
+            if not is_process(int(started["pid"]), float(started["process_start"])):
                 return None
+            process = psutil.Process(int(started["pid"]))
         except (OSError, ValueError, KeyError, TypeError, psutil.Error):
             return None
         if started.get("base") == base:

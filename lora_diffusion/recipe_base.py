@@ -1,0 +1,87 @@
+"""From a config to its base: where and in which precision it is, loaded, and made ready to be trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from lora_diffusion.config import TrainConfig
+from lora_diffusion.errors import UserError
+from lora_diffusion.models.base import DiffusionModel
+from lora_diffusion.models.checkpointing import checkpoint_blocks
+from lora_diffusion.models.load import load_model
+from lora_diffusion.models.packed_conv import has_fast_bf16, pack_convolutions
+from lora_diffusion.recipe_adapters import Adapters, inject_adapters, merge_into_base
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the GPU if there is one. Raises UserError where CUDA is asked for and missing."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError('[run] device = "cuda", but torch finds no CUDA device. Use device = "auto" or "cpu".')
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def resolve_precision(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bf16 on GPUs that have it, fp16 on older ones, fp32 on a CPU."""
+    if name == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if name == "fp16" and device.type == "cpu":
+        raise UserError('[run] precision = "fp16" overflows and is slow on a CPU. Use "fp32", "bf16" or "auto".')
+    return DTYPES[name]
+
+
+def load_base(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> DiffusionModel:
+    """The base that training sees: with the adapters of `model.merge` in its weights."""
+
+    def prepare(model: DiffusionModel) -> None:
+        model.check_clip_skip(config.model.clip_skip)
+        merge_into_base(config, model)
+
+    return load_model(
+        config.model.path,
+        family=config.model.family,
+        prediction=config.model.prediction,
+        zero_terminal_snr=config.model.zero_terminal_snr,
+        configs=config.model.configs,
+        dtype=dtype,
+        device=device,
+        attention=config.model.attention,
+        quantise=config.model.quantise,
+        prepare=prepare,
+    )
+
+
+def release_unused(configs: Sequence[TrainConfig], model: DiffusionModel) -> None:
+    """Free what the steps do without once all is cached. A picture asked for later loads it again, and keeps it.
+
+    configs: of all trainings on this base. With preview prompts nothing is freed: it would be loaded again before the
+    first step.
+    """
+    if any(config.preview.prompts for config in configs):
+        return
+    is_as_on_disk = not any(config.adapter.text_encoder or config.model.merge for config in configs)
+    model.release(part for part in model.reloads if part == "vae" or is_as_on_disk)
+
+
+def pack_for_cpu(model: DiffusionModel, device: torch.device) -> None:
+    """On a CPU that computes in bfloat16: bring a bfloat16 base's convolutions into its own order."""
+    if device.type == "cpu" and has_fast_bf16():
+        pack_convolutions(model.unet)
+
+
+def prepare_model(
+    config: TrainConfig, model: DiffusionModel, *, is_shared: bool = False, is_resumed: bool = False
+) -> Adapters:
+    """From a base that has encoded what is cached to one that is trained; returns its adapters."""
+    if not is_shared:
+        release_unused([config], model)
+    pack_for_cpu(model, next(model.unet.parameters()).device)
+    adapters = inject_adapters(config, model, is_resumed=is_resumed)
+    if config.model.gradient_checkpointing:
+        checkpoint_blocks(model.unet, only_outer=config.model.gradient_checkpointing == "outer")
+    return adapters
