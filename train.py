@@ -3,10 +3,10 @@
 import typer
 
 from lora_diffusion.cli import errors_as_messages, train
-from lora_diffusion.launch import complete_cpu_launch, wait_without_spinning
+from lora_diffusion.launch import complete_cpu_launch, spin_briefly
 
 if __name__ == "__main__":
-    wait_without_spinning()
+    spin_briefly()
     with errors_as_messages(debug=False):
         complete_cpu_launch()
     typer.run(train)
