@@ -41,30 +41,41 @@ class Trainer:
     folder: Path
 
 
+def own_config(task: Task, targets: str, *more: str) -> str:
+    """This trainer's config for a task. more: lines of TOML with dotted keys, such as 'model.quantise = "nf4"'."""
+    lines = [
+        f'run = {{ name = "speed", output = "{task.folder.as_posix()}/run", steps = {task.steps}, '
+        f'batch_size = {task.batch_size}, seed = {SEED}, precision = "{task.precision}", save_every = 0 }}',
+        f'model.path = "{task.base.as_posix()}"',
+        f'adapter = {{ rank = {RANK}, targets = "{targets}" }}',
+        f"optimizer.lr = {LR}",
+        'schedule.name = "constant"',
+        f'cache.folder = "{task.folder.as_posix()}/cache"',
+        *more,
+        "[[dataset]]",
+        f'path = "{task.pictures.as_posix()}"',
+        f"resolution = {task.size}",
+        "buckets = false",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def own(targets: str) -> Trainer:
     def arguments(task: Task) -> list[str]:
         config = task.folder / "config.toml"
-        precision, base = task.precision, task.base.as_posix()
-        config.write_text(
-            f'run = {{ name = "speed", output = "{task.folder.as_posix()}/run", steps = {task.steps}, '
-            f'batch_size = {task.batch_size}, seed = {SEED}, precision = "{precision}", save_every = 0 }}\n'
-            f'model.path = "{base}"\n'
-            f'adapter = {{ rank = {RANK}, targets = "{targets}" }}\n'
-            f"optimizer.lr = {LR}\n"
-            'schedule.name = "constant"\n'
-            f'cache.folder = "{task.folder.as_posix()}/cache"\n'
-            f'[[dataset]]\npath = "{task.pictures.as_posix()}"\nresolution = {task.size}\nbuckets = false\n'
-        )
+        config.write_text(own_config(task, targets))
         return [sys.executable, "-m", "lora_diffusion", "train", "--config", str(config)]
 
     return Trainer(f"ours, {targets}", arguments, Path.cwd())
 
 
 def diffusers_script(checkout: Path, python: Path) -> Trainer:
-    """checkout: of huggingface/diffusers. python: of an environment that its script runs in."""
-    script = checkout.resolve() / "examples" / "text_to_image" / "train_text_to_image_lora.py"
+    """checkout: of huggingface/diffusers. python: of an environment that its scripts run in."""
+    folder = checkout.resolve() / "examples" / "text_to_image"
 
     def arguments(task: Task) -> list[str]:
+        is_sdxl = (task.base / "text_encoder_2").exists()
+        script = folder / ("train_text_to_image_lora_sdxl.py" if is_sdxl else "train_text_to_image_lora.py")
         return [
             *(str(python), str(script)),
             *("--pretrained_model_name_or_path", str(task.base), "--train_data_dir", str(task.pictures)),

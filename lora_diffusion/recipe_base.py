@@ -10,6 +10,7 @@ from lora_diffusion.config import TrainConfig
 from lora_diffusion.errors import UserError
 from lora_diffusion.models.base import DiffusionModel
 from lora_diffusion.models.checkpointing import checkpoint_blocks
+from lora_diffusion.models.fused_layers import fuse_layers
 from lora_diffusion.models.load import load_model
 from lora_diffusion.models.packed_conv import has_fast_bf16, pack_convolutions
 from lora_diffusion.recipe_adapters import Adapters, inject_adapters, merge_into_base
@@ -36,7 +37,10 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_base(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> DiffusionModel:
-    """The base that training sees: with the adapters of `model.merge` in its weights."""
+    """The base that training sees: with the adapters of `model.merge` in its weights.
+
+    The UNet comes to `device` with `prepare_model`, when what encodes pictures and captions may have left.
+    """
 
     def prepare(model: DiffusionModel) -> None:
         model.check_clip_skip(config.model.clip_skip)
@@ -53,6 +57,7 @@ def load_base(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> 
         attention=config.model.attention,
         quantise=config.model.quantise,
         prepare=prepare,
+        unet_waits=True,
     )
 
 
@@ -68,9 +73,12 @@ def release_unused(configs: Sequence[TrainConfig], model: DiffusionModel) -> Non
     model.release(part for part in model.reloads if part == "vae" or is_as_on_disk)
 
 
-def pack_for_cpu(model: DiffusionModel, device: torch.device) -> None:
-    """On a CPU that computes in bfloat16: bring a bfloat16 base's convolutions into its own order."""
-    if device.type == "cpu" and has_fast_bf16():
+def suit_to_device(model: DiffusionModel) -> None:
+    """Bring the UNet into the order that its device computes fastest in; what it computes stays the same."""
+    device = next(model.unet.parameters()).device
+    if device.type == "cuda":
+        fuse_layers(model.unet)
+    elif has_fast_bf16():
         pack_convolutions(model.unet)
 
 
@@ -80,7 +88,8 @@ def prepare_model(
     """From a base that has encoded what is cached to one that is trained; returns its adapters."""
     if not is_shared:
         release_unused([config], model)
-    pack_for_cpu(model, next(model.unet.parameters()).device)
+    model.place_unet()
+    suit_to_device(model)
     adapters = inject_adapters(config, model, is_resumed=is_resumed)
     if config.model.gradient_checkpointing:
         checkpoint_blocks(model.unet, only_outer=config.model.gradient_checkpointing == "outer")

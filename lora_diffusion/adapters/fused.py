@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 def lora_linear(x: Tensor, base: nn.Linear, down: Tensor, up: Tensor, scale: float) -> Tensor:
     """The sum x · Wᵀ + bias + scale · (x · downᵀ) · upᵀ, in the dtype of `base`, which `x` (…, in) must have.
 
-    down: (r, in) and up: (out, r), float32, cast for the products; their gradients are float32. For the backward pass
+    down: (r, in) and up: (out, r), cast for the products; their gradients have their own dtypes. For the backward pass
     only `x` and x · downᵀ are kept.
     """
     apply: Any = _LoRALinear.apply  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
@@ -54,12 +54,12 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, hidden, weight, down, up = ctx.saved_tensors
         grad_rows = _rows(grad_output)
-        grad_hidden = (grad_rows @ up.to(x.dtype)).mul_(ctx.scale)
+        grad_hidden = _scaled_product(grad_rows, up.to(x.dtype), ctx.scale)
         grad_x = grad_down = grad_up = None
         if ctx.needs_input_grad[3]:
             grad_down = (grad_hidden.T @ _rows(x)).to(down.dtype)
         if ctx.needs_input_grad[4]:
-            grad_up = (grad_rows.T @ _rows(hidden)).to(up.dtype).mul_(ctx.scale)
+            grad_up = _scaled_product(grad_rows.T, _rows(hidden), ctx.scale).to(up.dtype)
         if ctx.needs_input_grad[0]:
             grad_x = (grad_rows @ weight).addmm_(grad_hidden, down.to(x.dtype)).reshape(x.shape)
         return grad_x, None, None, grad_down, grad_up, None
@@ -114,6 +114,11 @@ class _JointLoRALinear(torch.autograd.Function):
             if wants_x:
                 grad_in.view(-1, grad_in.shape[-1]).addmm_(grad_hidden, down.to(x.dtype))
         return (grad_x if wants_x else None, None, None, None, None, *grads)
+
+
+def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """The product a @ b times `scale`, as one operation that rounds once."""
+    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)  # with beta 0 the sum's first part is not read
 
 
 def _rows(tensor: Tensor) -> Tensor:

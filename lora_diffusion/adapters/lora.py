@@ -28,6 +28,8 @@ class LoRA(Adapter):
     kind: ClassVar[str] = "lora"
     start_down: Tensor | None
     start_up: Tensor | None
+    copies: tuple[Tensor, Tensor] | None = None
+    """(down, up) that passes read in place of the parameters, in the dtype of the base; see `WorkingCopies`."""
 
     def __init__(
         self,
@@ -68,7 +70,7 @@ class LoRA(Adapter):
 
         up · down - up₀ · down₀ is written as up · (down - down₀) + (up - up₀) · down₀: no large numbers that cancel.
         """
-        down, up = self.lora_down.weight, self.lora_up.weight
+        down, up = self.copies or (self.lora_down.weight, self.lora_up.weight)
         if self.start_down is None or self.start_up is None:
             return down, up
         return torch.cat([down - self.start_down, self.start_down]), torch.cat([up, up - self.start_up], dim=1)

@@ -130,6 +130,7 @@ class DiffusionModel(nn.Module, ABC):
         self.reloads: dict[str, Callable[[], nn.Module]] = {}
         """Parts that can be loaded again ("vae", "text_encoder", …), and how: what `release` may free."""
         self._released: set[str] = set()
+        self._move_unet: Callable[[], None] | None = None
         self._checked_vae = CheckedVAE(vae)
         # Parameters stay the same objects when adapters wrap their layers, so the ids below do not depend on adapters.
         self._vae_weights = tuple(vae.named_parameters())
@@ -181,6 +182,16 @@ class DiffusionModel(nn.Module, ABC):
 
         Runs in the UNet's dtype, returns that of `noisy`.
         """
+
+    def let_unet_wait(self, move: Callable[[], None]) -> None:
+        """move: brings the UNet to its device, in the form it is to have there."""
+        self._move_unet = move
+
+    def place_unet(self) -> None:
+        """Bring the UNet to its device, if it still waits."""
+        if self._move_unet is not None:
+            self._move_unet()
+            self._move_unet = None
 
     def release(self, parts: Iterable[str]) -> None:
         """Free the weights of these parts, of which `reloads` knows how to get them again.

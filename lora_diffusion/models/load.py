@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
+from torch import nn
 
 from lora_diffusion.container import PICKLE_SUFFIXES, read_header
 from lora_diffusion.diffusion.schedule import Prediction
@@ -44,6 +45,7 @@ def load_model(
     attention: AttentionKind = "auto",
     quantise: QuantiseKind = "none",
     prepare: Callable[[DiffusionModel], None] | None = None,
+    unet_waits: bool = False,
 ) -> DiffusionModel:
     """The base model at `path`, frozen and in evaluation mode.
 
@@ -52,7 +54,8 @@ def load_model(
     float16 for a half-precision base on a GPU, bfloat16 for a bfloat16 base on a CPU that computes with it, else
     float32; float16 rounds eight times finer, and what overflows in it is computed again in float32.
     quantise: how the UNet's linear layers are kept; they compute in `dtype` either way. prepare: called with the model
-    while it is on the CPU and no layer is quantised yet.
+    while it is on the CPU and no layer is quantised yet. unet_waits: the UNet stays on the CPU until
+    `DiffusionModel.place_unet`, so that `device` need not hold it beside what encodes pictures and captions.
     Raises ModelError (or ContainerError for a damaged file) if it cannot be found, is a pickle, is of another family
     than asked for or of one this version does not train, or if its files contradict a setting.
     """
@@ -81,9 +84,19 @@ def load_model(
         model.reloads = {part: partial(read_part, source, part, dtypes.of(part)) for part in PARTS[found][1:]}
     if prepare is not None:
         prepare(model)
-    quantise_linears(model.unet, quantise, device)  # before the rest: `device` never sees the full weights together
     set_attention(model.unet, attention, torch.device(device))
-    return model.to(device)
+
+    def move_unet() -> None:
+        quantise_linears(model.unet, quantise, device)  # before the rest: `device` never sees the full weights together
+        nn.Module.to(model.unet, device)
+
+    model.let_unet_wait(move_unet)
+    if not unet_waits:
+        model.place_unet()
+    for name, part in model.named_children():
+        if name != "unet":
+            part.to(device)
+    return model
 
 
 def _vae_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

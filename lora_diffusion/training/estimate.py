@@ -67,7 +67,7 @@ def estimate_step(
 
 def encoding_bytes(model: DiffusionModel, size: tuple[int, int], batch_size: int) -> int:
     """Peak memory while pictures of `size` (width, height) px are encoded, `batch_size` at once; measured on one."""
-    device = next(model.unet.parameters()).device
+    device = model.vae.device  # the UNet may still wait elsewhere
     with PeakMemory(device) as before:
         pixels = torch.zeros(1, 3, size[1], size[0], device=device)
     with PeakMemory(device) as during:

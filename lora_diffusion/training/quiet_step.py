@@ -19,6 +19,7 @@ from lora_diffusion.training.batches import Batch
 from lora_diffusion.training.graph import StepGraphs
 from lora_diffusion.training.prefetch import Copier, Prefetcher
 from lora_diffusion.training.update import QuietUpdate
+from lora_diffusion.training.working_copies import WorkingCopies
 
 _FIELDS = ("latents", "noise", "timesteps", "weights", "sizes")
 
@@ -55,7 +56,10 @@ class QuietStep:
         for group in optimizer.param_groups:  # read by the graph when it runs, and so a tensor
             group["lr"] = torch.tensor(float(group["lr"]), device=device)
             group["capturable"] = device.type == "cuda"
-        self._update = QuietUpdate(optimizer, parameters, max_norm)
+        self._copies = WorkingCopies(loss)
+        copied = set(map(id, self._copies.parameters))
+        rest = [parameter for parameter in parameters if id(parameter) not in copied]
+        self._update = QuietUpdate(optimizer, [*self._copies.parameters, *rest], max_norm)
         self._values = torch.zeros(2, device=device)
         self._run: Callable[[Mapping[str, Tensor]], None] = StepGraphs(self._step, device) if as_graph else self._step
 
@@ -72,12 +76,14 @@ class QuietStep:
     def _step(self, inputs: Mapping[str, Tensor]) -> None:
         self._update.zero_gradients()
         total = torch.zeros_like(self._values[0])
-        for index in range(num_micro_batches(inputs)):
-            batch, text = _batch_of(inputs, index)
-            losses: Tensor = self._loss(batch, text)  # (B,)
-            loss = (losses * batch.weights).sum()
-            loss.backward()
-            total += loss.detach()
+        with self._copies:
+            for index in range(num_micro_batches(inputs)):
+                batch, text = _batch_of(inputs, index)
+                losses: Tensor = self._loss(batch, text)  # (B,)
+                loss = (losses * batch.weights).sum()
+                loss.backward()
+                self._copies.gather(self._update.gradients)
+                total += loss.detach()
         norm = self._update.apply(total)
         self._values.copy_(torch.stack([total, norm]))
 

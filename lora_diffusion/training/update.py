@@ -26,10 +26,10 @@ class QuietUpdate:
         if not all(group.get("fused") for group in optimizer.param_groups):
             raise ValueError("the optimiser must be fused: only such a one can be told on the device to do nothing")
         self.optimizer = optimizer
-        self._parameters = list(parameters)
         self._max_norm = max_norm or math.inf
-        self._gradients = _one_buffer(self._parameters)
-        device = self._gradients.device
+        self.gradients = _one_buffer(parameters)
+        """Those of all parameters, flat, one after the other."""
+        device = self.gradients.device
         self.broken = torch.zeros((), device=device)
         """1.0 since the first loss or norm that was not finite."""
         # An attribute that fused optimisers look for (GradScaler sets it): where it is 1, they change nothing.
@@ -37,15 +37,15 @@ class QuietUpdate:
 
     def zero_gradients(self) -> None:
         """Zero, not None: their addresses stay."""
-        self._gradients.zero_()
+        self.gradients.zero_()
 
     @torch.no_grad()
     def apply(self, loss: Tensor) -> Tensor:
         """One optimiser step; returns the norm of all gradients before clipping. loss, norm: 0-d, float32."""
-        norm = torch.linalg.vector_norm(self._gradients)
+        norm = torch.linalg.vector_norm(self.gradients)
         is_bad = ~(torch.isfinite(norm) & torch.isfinite(loss))
         self.broken.copy_(torch.maximum(self.broken, is_bad.to(self.broken.dtype)))
-        self._gradients.mul_((self._max_norm / (norm + _NORM_EPS)).clamp(max=1.0))
+        self.gradients.mul_((self._max_norm / (norm + _NORM_EPS)).clamp(max=1.0))
         self.optimizer.step()
         return norm
 
