@@ -33,6 +33,7 @@ def draw(client: httpx.Client, order: dict[str, Any]) -> None:
 def test_a_training_of_the_queue_holds_the_gpu_that_an_engine_has_drawn_on_and_lets_go_of_it(
     device: torch.device, tiny_sd1: Path, tmp_path: Path
 ) -> None:
+    (tmp_path / "adapters").mkdir()
     random_adapter(load_model(tiny_sd1), seed=1).write(tmp_path / "adapters" / "ink.safetensors", dtype=torch.float32)
     command = [*SERVE, "--base", str(tiny_sd1), "--adapters", str(tmp_path / "adapters"), "--port", "0"]
     engine = subprocess.Popen(
