@@ -38,6 +38,30 @@ def wait_for(is_so: Callable[[], bool], timeout_s: float = 30.0) -> None:
         time.sleep(0.02)
 
 
+@contextmanager
+def real_queue(root: Path) -> Iterator[Queue]:
+    """A queue whose runner and trainings are the real processes. What still runs at the end is killed."""
+    try:
+        yield Queue(Workspace(root))
+    finally:
+        for child in psutil.Process().children():
+            if "lora_diffusion.jobs.runner" in child.cmdline() and str(root) in child.cmdline():
+                child.kill()
+        kill_all(root)
+
+
+def wait_until(queue: Queue, id: int, *statuses: str) -> Job:
+    """Until a job of a real queue is in one of these."""
+
+    def is_so() -> bool:
+        job = queue.job(id)
+        assert job.status in (*statuses, "queued", *ACTIVE), job.error
+        return job.status in statuses
+
+    wait_for(is_so, 240)
+    return queue.job(id)
+
+
 @dataclass
 class Bench:
     """A workspace with a runner that works when a test lets it."""

@@ -6,13 +6,15 @@ import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import tomlkit
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
+from torch import Tensor
 
 from lora_diffusion.config import TrainConfig
 from lora_diffusion.recipe import build, make_accelerator
@@ -65,6 +67,14 @@ def prepare(config_path: Path, *overrides: str, resume: bool = False) -> Trainer
     return build(config, run, make_accelerator(config), resume=resume)
 
 
+def prepare_quiet(config_path: Path, *overrides: str, resume: bool = False) -> Trainer:
+    """A trainer whose steps the host does not wait for: CUDA graphs on a GPU; on a CPU what these are made of."""
+    trainer = prepare(config_path, *overrides, resume=resume)
+    if trainer.accelerator.device.type == "cpu":
+        trainer.plan = replace(trainer.plan, launch="quiet")
+    return trainer
+
+
 def launch(config_path: Path, *arguments: str, launcher: Sequence[str] = ()) -> subprocess.Popen[str]:
     """`accelerate launch [launcher…] train.py --config …` as a user would type it; one thread per process."""
     command = [sys.executable, "-m", "accelerate.commands.launch", *(launcher or ("--cpu", "--num_processes", "1"))]
@@ -85,3 +95,19 @@ def tensor_hash(adapter: Path) -> str:
     for name, tensor in sorted(load_file(adapter).items()):
         digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def distance(adapter: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    """Norm of the difference of two adapters over that of what the second one learned: the factors that start at 0.
+
+    A matrix product over more rows, or by another kernel, adds the same float32 numbers in another order, so a gradient
+    differs by about 1e-6 of its size. AdamW divides by the gradient's own size: where that is near 0, an entry may move
+    by a learning rate in another direction. So all entries are compared together.
+    """
+    assert adapter.keys() == other.keys()
+    assert len(other) > 100
+    difference = sum(float((adapter[name] - other[name]).square().sum()) for name in other) ** 0.5
+    started_at_0 = [name for name in other if name.endswith(("lora_up.weight", "hada_w2_a", "lokr_w2", "lokr_w2_b"))]
+    learned = sum(float(other[name].square().sum()) for name in started_at_0) ** 0.5
+    assert learned > 0
+    return difference / learned

@@ -44,6 +44,7 @@ class StepGraphs:
         self._pool = torch.cuda.graph_pool_handle()  # one for all: they never run at the same time
         self._captured: dict[Shape, _Captured | None] = {}
         self._num_calls: dict[Shape, int] = {}
+        self._may_capture = True
 
     @property
     def num_graphs(self) -> int:
@@ -56,7 +57,7 @@ class StepGraphs:
             captured = self._captured[shape] = self._capture(inputs)
         if captured is None:
             self._num_calls[shape] = self._num_calls.get(shape, 0) + 1
-            self._run_eagerly(inputs)
+            self._run_in_what_is_free(inputs)
             return
         for name, tensor in inputs.items():
             captured.inputs[name].copy_(tensor, non_blocking=True)
@@ -64,10 +65,27 @@ class StepGraphs:
 
     def _should_capture(self, shape: Shape) -> bool:
         return (
-            shape not in self._captured
+            self._may_capture
+            and shape not in self._captured
             and self._num_calls.get(shape, 0) >= NUM_WARM_UPS
             and self.num_graphs < MAX_GRAPHS
         )
+
+    def _run_in_what_is_free(self, inputs: Inputs) -> None:
+        """Eagerly. Graphs keep the memory that their steps need: where there is too little beside it, they go."""
+        try:
+            self._run_eagerly(inputs)
+            return
+        except torch.OutOfMemoryError:
+            if not self.num_graphs:
+                raise
+        # Here, where no traceback keeps the failed step's tensors. It had not come to its update.
+        logger.warning("memory is short: from now on steps are launched one operation at a time, without CUDA graphs")
+        torch.cuda.synchronize()
+        self._captured.clear()
+        self._may_capture = False
+        torch.cuda.empty_cache()
+        self._run_eagerly(inputs)
 
     def _run_eagerly(self, inputs: Inputs) -> None:
         """On the stream that captures too, so that autograd's accumulation has met it."""
@@ -83,7 +101,12 @@ class StepGraphs:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            # The outer one puts the stream back, which torch's leaves as it is when a capture fails. Other threads may
+            # allocate and wait meanwhile, as the one that makes batches does.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+            ):
                 self._step(static)
         except RuntimeError as error:
             shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}

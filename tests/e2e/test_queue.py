@@ -8,13 +8,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lora_diffusion.jobs.condition import ACTIVE
 from lora_diffusion.jobs.device_lock import device_lock
 from lora_diffusion.jobs.launch import ensure_runner
-from lora_diffusion.jobs.queue import Job, Queue
+from lora_diffusion.jobs.queue import Queue
 from lora_diffusion.runs import RunFolder
-from lora_diffusion.workspace import Workspace
-from tests.queues import kill_all, wait_for
+from tests.queues import real_queue, wait_for, wait_until
 from tests.training_runs import draw_pictures, tensor_hash, write_config
 
 STEPS = 120
@@ -23,27 +21,13 @@ STEPS = 120
 @pytest.fixture
 def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Queue]:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # sums in one order; and two threads on a busy machine are slow
-    queue = Queue(Workspace(tmp_path))
-    yield queue
-    for child in psutil.Process().children():
-        if "lora_diffusion.jobs.runner" in child.cmdline() and str(tmp_path) in child.cmdline():
-            child.kill()
-    kill_all(tmp_path)
+    with real_queue(tmp_path) as queue:
+        yield queue
 
 
 def toml(base: Path, root: Path) -> str:
     config = write_config(root / "run.toml", base, draw_pictures(root / "pictures"), run={"steps": STEPS, "output": ""})
     return config.read_text().replace('output = ""\n', "")
-
-
-def wait_until(queue: Queue, id: int, *statuses: str) -> Job:
-    def is_so() -> bool:
-        job = queue.job(id)
-        assert job.status in (*statuses, "queued", *ACTIVE), job.error
-        return job.status in statuses
-
-    wait_for(is_so, 240)
-    return queue.job(id)
 
 
 def test_a_run_that_was_paused_gives_the_adapter_of_one_that_was_not(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,11 +59,73 @@ def test_a_step_that_cannot_be_captured_is_run_all_the_same(caplog: pytest.LogCa
     device = torch.device("cuda")
     seen: list[float] = []
     steps = StepGraphs(lambda inputs: seen.append(inputs["x"].sum().item()), device)  # a value on the host
+    stream = torch.cuda.current_stream()
     for _ in range(NUM_WARM_UPS + 2):
         steps({"x": torch.ones(2, device=device)})
 
     assert seen == [2.0] * (NUM_WARM_UPS + 2)
     assert steps.num_graphs == 0 and "no CUDA graph" in caplog.text
+    assert torch.cuda.current_stream() == stream
+
+
+def test_what_another_thread_does_while_a_graph_is_captured_is_no_part_of_it() -> None:
+    device = torch.device("cuda")
+    is_over = threading.Event()
+    errors: list[Exception] = []
+
+    def copy() -> None:
+        """As the thread that makes batches: page-locked memory, memory on the device, events."""
+        stream = torch.cuda.Stream(device)
+        try:
+            while not is_over.is_set():
+                with torch.cuda.stream(stream):
+                    torch.ones(2**18).pin_memory().to(device, non_blocking=True)
+                    event = torch.cuda.Event()
+                    event.record(stream)
+                event.query()
+        except Exception as error:
+            errors.append(error)
+
+    total, steps = make_step(device)
+    thread = threading.Thread(target=copy)
+    thread.start()
+    expected = 0
+    for size in range(1, MAX_GRAPHS + 1):
+        for _ in range(NUM_WARM_UPS + 2):
+            steps({"x": torch.ones(size, device=device)})
+            expected += size
+    is_over.set()
+    thread.join()
+
+    assert errors == []
+    assert steps.num_graphs == MAX_GRAPHS
+    assert total.item() == expected
+
+
+def test_where_memory_is_short_graphs_make_room_and_no_step_is_lost(caplog: pytest.LogCaptureFixture) -> None:
+    device = torch.device("cuda")
+    total = torch.zeros((), device=device)
+
+    def add(inputs: Inputs) -> None:
+        rows = inputs["x"].expand(-1, 2**26).clone()  # 256 MiB a row, which a graph keeps
+        total.add_(rows.mean(1).sum())
+
+    steps = StepGraphs(add, device)
+    gc.collect()
+    torch.cuda.empty_cache()
+    limit = torch.cuda.memory_reserved() + 5 * 2**28
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.mem_get_info()[1])
+    try:
+        for _ in range(NUM_WARM_UPS + 2):
+            steps({"x": torch.ones(4, 1, device=device)})
+        assert steps.num_graphs == 1
+        for _ in range(2):
+            steps({"x": torch.ones(3, 1, device=device)})  # fits, but not beside the graph
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+    assert total.item() == 4 * (NUM_WARM_UPS + 2) + 3 * 2
+    assert steps.num_graphs == 0 and "memory is short" in caplog.text
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
