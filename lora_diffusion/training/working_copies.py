@@ -40,6 +40,8 @@ class WorkingCopies:
             return
         with torch.no_grad():
             self._halves.copy_(self._values)
+        for copy in self._copies:
+            copy.grad = None  # of a step that failed
         for lora, down, up in zip(self._loras, self._copies[::2], self._copies[1::2], strict=True):
             lora.copies = (down, up)
 
