@@ -167,7 +167,7 @@ def test_the_memory_that_check_tells_is_what_a_training_takes(
         device.type,
         run=run,
         dataset={"resolution": 64, "repeats": 16},
-        validation={"every": 0, "fraction": 0.0},
+        validation={"every": 0},
     )
     overrides = [f"model.gradient_checkpointing={checkpointing}"]
     told = check_run(TrainConfig.load(config, overrides)).memory_bytes
@@ -210,7 +210,7 @@ def test_the_largest_batch_that_check_tells_is_trained_on_a_small_card(
         device.type,
         run={"steps": 12, "batch_size": 4},
         dataset={"resolution": 64},
-        validation={"every": 0, "fraction": 0.0},
+        validation={"every": 0},
     )
     largest = check_run(TrainConfig.load(config, [])).largest_batch
     record_property("largest", largest)
