@@ -11,8 +11,6 @@ import torch
 from lora_diffusion.training.graph import StepGraphs
 from tests.conftest import DEVICE
 
-pytestmark = pytest.mark.usefixtures("repeatable_arithmetic")
-
 
 @pytest.fixture
 def device() -> Iterator[torch.device]:
