@@ -148,7 +148,7 @@ def test_each_bucket_has_a_graph(
     for make in (prepare, prepare_quiet):
         folder = tmp_path / make.__name__
         folder.mkdir()
-        config = write_config(folder / "run.toml", tiny_sd1, pictures, run=run, dataset={"resolution": 64})
+        config = write_config(folder / "run.toml", tiny_sd1, pictures, run=run, dataset={"resolution": [96, 64]})
         override = f"run.cuda_graph={'true' if make is prepare_quiet else 'false'}"
         trainer = make(config, override)
         assert len({sample.bucket for sample in trainer.source.samples}) == 2
