@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from lora_diffusion.adapters.frozen import full_weight
 from lora_diffusion.adapters.fused import can_fuse, lora_linear
 from lora_diffusion.adapters.geometry import ALPHA, DOWN, MID, UP, Geometry
 from lora_diffusion.adapters.initialise import INITS
+
+if TYPE_CHECKING:
+    from lora_diffusion.adapters.together import Together
 
 
 class LoRA(Adapter):
@@ -30,6 +33,8 @@ class LoRA(Adapter):
     start_up: Tensor | None
     copies: tuple[Tensor, Tensor] | None = None
     """(down, up) that passes read in place of the parameters, in the dtype of the base; see `WorkingCopies`."""
+    together: Together | None = None
+    """What computes this layer and others with the same input, for whoever calls them all."""
 
     def __init__(
         self,

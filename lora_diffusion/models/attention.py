@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Literal
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_diffusion.models.errors import ModelError
 
@@ -18,10 +19,8 @@ AttentionKind = Literal["auto", "sdpa", "eager", "xformers"]
 def set_attention(unet: UNet2DConditionModel, kind: AttentionKind, device: torch.device) -> None:
     """Makes `unet` use `kind`. "auto" is torch's fused attention on a GPU, and the faster of two per layer on a CPU."""
     if kind == "auto":
-        kind = "sdpa"
-        if device.type == "cpu":
-            unet.set_attn_processor(FasterOnCPU())
-            return
+        unet.set_attn_processor(FasterOnCPU() if device.type == "cpu" else FasterOnGPU())
+        return
     if kind == "sdpa":
         unet.set_attn_processor(AttnProcessor2_0())
     elif kind == "eager":
@@ -34,6 +33,60 @@ def set_attention(unet: UNet2DConditionModel, kind: AttentionKind, device: torch
                 f"model.attention = 'xformers': it cannot be used here ({error}). "
                 "Install xformers on a machine with a CUDA GPU, or set model.attention = 'auto'."
             ) from error
+
+
+class FasterOnGPU(AttnProcessor2_0):
+    """torch's fused attention with fewer launches around it: projections of one input may be computed together.
+
+    A layer says so by an attribute `together`, which is called with the input in place of all of them; see
+    `lora_diffusion.adapters.together`.
+    """
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """hidden_states: (B, N, C). encoder_hidden_states: (B, M, D), or None for self-attention."""
+        if not _is_plain(attn) or attention_mask is not None:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        if encoder_hidden_states is None:
+            query, key, value = _project(hidden_states, _projections(attn))
+        else:
+            query = attn.to_q(hidden_states)
+            key, value = _project(encoder_hidden_states, _projections(attn))
+        query, key, value = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in (query, key, value))
+        seen = nn.functional.scaled_dot_product_attention(query, key, value)  # (B, heads, N, C / heads)
+        output = seen.transpose(1, 2).flatten(2)
+        for layer in attn.to_out or ():  # a projection, and dropout
+            output = layer(output)
+        return output
+
+
+def projections_with_one_input(root: nn.Module) -> Iterator[tuple[nn.Module, ...]]:
+    """The projections that `FasterOnGPU` calls together below `root`: q, k and v, or k and v of another input."""
+    for module in root.modules():
+        if isinstance(module, Attention) and isinstance(module.processor, FasterOnGPU) and _is_plain(module):
+            yield _projections(module)
+
+
+def _projections(attn: Attention) -> tuple[nn.Module, ...]:
+    assert attn.to_k is not None and attn.to_v is not None
+    return (attn.to_k, attn.to_v) if attn.is_cross_attention else (attn.to_q, attn.to_k, attn.to_v)
+
+
+def _project(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+    together = getattr(layers[0], "together", None)
+    return tuple(layer(x) for layer in layers) if together is None else together(x)
+
+
+def _is_plain(attn: Attention) -> bool:
+    """Whether nothing is done but project, attend and project."""
+    extras = (attn.spatial_norm, attn.group_norm, attn.norm_q, attn.norm_k, attn.norm_cross, attn.residual_connection)
+    return not any(extras) and attn.rescale_output_factor == 1.0
 
 
 class FasterOnCPU(AttnProcessor2_0):

@@ -1,7 +1,7 @@
 """LoRA factors in the dtype they are multiplied in, made for all layers at once.
 
 Cast by every layer for itself, they would be four tiny kernels per layer and step, and their gradients two more; on a
-fast GPU those take longer than the products.
+fast GPU those take longer than the products. Layers with the same input are computed together, for the same reason.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_diffusion.adapters.lora import LoRA
+from lora_diffusion.adapters.together import Together, can_go_together
+from lora_diffusion.models.attention import projections_with_one_input
 
 
 class WorkingCopies:
@@ -23,31 +25,46 @@ class WorkingCopies:
 
     def __init__(self, root: nn.Module) -> None:
         """root: what has the LoRAs. Their parameters become parts of one tensor; they stay the same objects."""
-        self._loras = [lora for lora in root.modules() if isinstance(lora, LoRA) and _can_copy(lora)]
-        self.parameters: list[nn.Parameter] = [p for lora in self._loras for p in lora.trained()]
+        loras = {id(lora): lora for lora in root.modules() if isinstance(lora, LoRA) and _can_copy(lora)}
+        groups = [[loras.get(id(layer)) for layer in group] for group in projections_with_one_input(root)]
+        self._groups = [Together(group) for group in groups if can_go_together(group)]
+        grouped = {id(lora) for group in self._groups for lora in group.loras}
+        self._single = [lora for key, lora in loras.items() if key not in grouped]
+        self.parameters: list[nn.Parameter] = []
         """What there are copies of. Where these come first in the gradients' buffer, `gather` is one operation."""
-        self._values: Tensor | None = None
         self._copies: list[Tensor] = []
-        if not self._loras:
-            return
-        self._values = _one_tensor(self.parameters)
-        self._halves = self._values.to(self._loras[0].base.weight.dtype)
-        for part, parameter in zip(_parts(self._halves, self.parameters), self.parameters, strict=True):
-            self._copies.append(part.view_as(parameter).requires_grad_())
+        for group in self._groups:
+            downs, ups = zip(*(lora.trained() for lora in group.loras), strict=True)
+            self.parameters += [*downs, *ups]
+            self._copies += [group.down, group.up]
+        for lora in self._single:
+            self.parameters += lora.trained()
+            self._copies += [torch.empty_like(p, dtype=lora.base.weight.dtype).requires_grad_() for p in lora.trained()]
+        if self._copies:
+            values = _one_tensor(self.parameters)
+            self._values = list(values.split([copy.numel() for copy in self._copies]))
+            self._targets = [copy.detach().view(-1) for copy in self._copies]
 
     def __enter__(self) -> None:
-        if self._values is None:
+        if not self._copies:
             return
         with torch.no_grad():
-            self._halves.copy_(self._values)
+            torch._foreach_copy_(self._targets, self._values)  # pyright: ignore[reportPrivateImportUsage]
         for copy in self._copies:
             copy.grad = None  # of a step that failed
-        for lora, down, up in zip(self._loras, self._copies[::2], self._copies[1::2], strict=True):
+        copies = self._copies[2 * len(self._groups) :]
+        for lora, down, up in zip(self._single, copies[::2], copies[1::2], strict=True):
             lora.copies = (down, up)
+        for group in self._groups:
+            for lora in group.loras:
+                lora.together = group
 
     def __exit__(self, *_: object) -> None:
-        for lora in self._loras:
+        for lora in self._single:
             lora.copies = None
+        for group in self._groups:
+            for lora in group.loras:
+                lora.together = None
 
     def gather(self, gradients: Tensor) -> None:
         """Add the copies' gradients to `gradients`, flat and in the order of `parameters`, and forget them."""
