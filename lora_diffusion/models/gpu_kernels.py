@@ -45,7 +45,7 @@ class _GroupNorm(torch.autograd.Function):
         x = x.contiguous(memory_format=torch.channels_last)
         plan = _Plan(x, groups)
         out, partial = torch.empty_like(x), plan.empty_partial()
-        moments = torch.empty(*plan.groups, 3, device=x.device)
+        moments = torch.empty(len(x), 3, x.shape[1], device=x.device)
         _channel_sums[plan.grid](x, partial, *plan.sizes, **plan.tile)
         _moments[plan.groups](x, partial, moments, eps, *plan.group_sizes, **plan.group_tile)
         _normalise[plan.grid](x, weight, bias, moments, out, *plan.sizes, **plan.tile, SILU=silu)
@@ -60,7 +60,7 @@ class _GroupNorm(torch.autograd.Function):
         grad = grad.contiguous(memory_format=torch.channels_last)
         plan = _Plan(x, ctx.groups)
         grad_x, partial = torch.empty_like(x), plan.empty_partial()
-        means = torch.empty(*plan.groups, 2, device=x.device)
+        means = torch.empty(len(x), 2, x.shape[1], device=x.device)
         fixed = {**plan.tile, "SILU": ctx.silu}
         _gradient_sums[plan.grid](x, grad, weight, bias, moments, partial, *plan.sizes, **fixed)
         _gradient_means[plan.groups](partial, means, *plan.group_sizes, **plan.group_tile)
@@ -81,7 +81,7 @@ class _Plan:
         span = triton.cdiv(rows, _ROWS * _MAX_CHUNKS) * _ROWS  # rows of a chunk
         chunks = triton.cdiv(rows, span)
         self.grid = (triton.cdiv(channels, _COLUMNS), chunks, images)
-        self.sizes = (rows, channels, size, span)
+        self.sizes = (rows, channels, span)
         self.tile = {"ROWS": _ROWS, "COLUMNS": _COLUMNS}
 
         self.groups = (images * groups,)
@@ -135,7 +135,7 @@ def _load_sums(partial, channels, size, chunks, ROWS: tl.constexpr, COLUMNS: tl.
 
 
 @triton.jit
-def _channel_sums(x, partial, rows, channels, size, span, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # pyright: ignore
+def _channel_sums(x, partial, rows, channels, span, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # pyright: ignore
     """Sums over a chunk of each channel's distance from its value in the image's first row, and of its square.
 
     A value of the channel's own is about as far from its mean as others are: little cancels however large the mean is.
@@ -159,7 +159,10 @@ def _channel_sums(x, partial, rows, channels, size, span, ROWS: tl.constexpr, CO
 def _moments(  # pyright: ignore
     x, partial, moments, eps, rows, channels, size, chunks, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """Puts the moments of a group's channels together (Chan et al. 1983): (mean, what it lost to rounding, 1 / std)."""
+    """Puts the moments of a group's channels together (Chan et al. 1983): (mean, what it lost to rounding, 1 / std).
+
+    They are written for each channel, (B, 3, C), so that what reads them need not know the groups.
+    """
     sums, squares = _load_sums(partial, channels, size, chunks, ROWS, COLUMNS)
     groups = channels // size
     image, group = tl.program_id(0) // groups, tl.program_id(0) % groups
@@ -173,21 +176,21 @@ def _moments(  # pyright: ignore
     distance = tl.where(column < size, from_anchor - mean_from_anchor, 0.0)
     variance = tl.sum(squares / rows - step * step + distance * distance, axis=0) / size
     mean = anchor + mean_from_anchor
-    place = moments + tl.program_id(0) * 3
-    tl.store(place, mean)
-    tl.store(place + 1, mean_from_anchor - (mean - anchor))
-    tl.store(place + 2, 1.0 / tl.sqrt(variance + eps))
+    place = moments + image * 3 * channels + group * size + column
+    tl.store(place, mean, mask=column < size)
+    tl.store(place + channels, mean_from_anchor - (mean - anchor), mask=column < size)
+    tl.store(place + 2 * channels, 1.0 / tl.sqrt(variance + eps), mask=column < size)
 
 
 @triton.jit
-def _load_moments(moments, weight, bias, channels, size, COLUMNS: tl.constexpr):  # pyright: ignore
+def _load_moments(moments, weight, bias, channels, COLUMNS: tl.constexpr):  # pyright: ignore
     """For each channel of this program, (1, COLUMNS): its group's mean, the mean's rest and 1 / std; weight and bias."""
     channel = _channels_of_program(COLUMNS)
     is_there = channel < channels
-    place = moments + (tl.program_id(2) * (channels // size) + channel // size) * 3
+    place = moments + tl.program_id(2) * 3 * channels + channel
     mean = tl.load(place, mask=is_there, other=0.0)
-    rest = tl.load(place + 1, mask=is_there, other=0.0)
-    scale = tl.load(place + 2, mask=is_there, other=0.0)
+    rest = tl.load(place + channels, mask=is_there, other=0.0)
+    scale = tl.load(place + 2 * channels, mask=is_there, other=0.0)
     w = tl.load(weight + channel, mask=is_there, other=0.0).to(tl.float32)
     b = tl.load(bias + channel, mask=is_there, other=0.0).to(tl.float32)
     return mean, rest, scale, w, b
@@ -195,12 +198,12 @@ def _load_moments(moments, weight, bias, channels, size, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _normalise(  # pyright: ignore
-    x, weight, bias, moments, out, rows, channels, size, span,
+    x, weight, bias, moments, out, rows, channels, span,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     offset, count = _start(rows, channels, span)
     channel = _channels_of_program(COLUMNS)
-    mean, rest, scale, w, b = _load_moments(moments, weight, bias, channels, size, COLUMNS)
+    mean, rest, scale, w, b = _load_moments(moments, weight, bias, channels, COLUMNS)
     for start in range(0, count, ROWS):
         row = (start + tl.arange(0, ROWS))[:, None]
         is_there = (row < count) & (channel < channels)
@@ -225,13 +228,13 @@ def _into_norm(x, grad, place, is_there, mean, rest, scale, w, b, SILU: tl.const
 
 @triton.jit
 def _gradient_sums(  # pyright: ignore
-    x, grad, weight, bias, moments, partial, rows, channels, size, span,
+    x, grad, weight, bias, moments, partial, rows, channels, span,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """Sums over a chunk, for each channel, of the gradient of the normalised values and of its product with them."""
     offset, count = _start(rows, channels, span)
     channel = _channels_of_program(COLUMNS)
-    mean, rest, scale, w, b = _load_moments(moments, weight, bias, channels, size, COLUMNS)
+    mean, rest, scale, w, b = _load_moments(moments, weight, bias, channels, COLUMNS)
     plain, product = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, count, ROWS):
         row = (start + tl.arange(0, ROWS))[:, None]
@@ -247,25 +250,28 @@ def _gradient_sums(  # pyright: ignore
 def _gradient_means(  # pyright: ignore
     partial, means, rows, channels, size, chunks, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """Both sums over a whole group, divided by the number of its values."""
+    """Both sums over a whole group, divided by the number of its values; for each channel, (B, 2, C)."""
     plain, product = _load_sums(partial, channels, size, chunks, ROWS, COLUMNS)
-    place = means + tl.program_id(0) * 2
-    tl.store(place, tl.sum(plain, axis=0) / rows / size)
-    tl.store(place + 1, tl.sum(product, axis=0) / rows / size)
+    groups = channels // size
+    image, group = tl.program_id(0) // groups, tl.program_id(0) % groups
+    column = tl.arange(0, COLUMNS)
+    place = means + image * 2 * channels + group * size + column
+    tl.store(place, tl.sum(plain, axis=0) / rows / size, mask=column < size)
+    tl.store(place + channels, tl.sum(product, axis=0) / rows / size, mask=column < size)
 
 
 @triton.jit
 def _gradient(  # pyright: ignore
-    x, grad, weight, bias, moments, means, grad_x, rows, channels, size, span,
+    x, grad, weight, bias, moments, means, grad_x, rows, channels, span,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """∂x = (g - mean(g) - normal · mean(g · normal)) / std."""
     offset, count = _start(rows, channels, span)
     channel = _channels_of_program(COLUMNS)
-    mean, rest, scale, w, b = _load_moments(moments, weight, bias, channels, size, COLUMNS)
-    group = means + (tl.program_id(2) * (channels // size) + channel // size) * 2
-    plain = tl.load(group, mask=channel < channels, other=0.0)
-    product = tl.load(group + 1, mask=channel < channels, other=0.0)
+    mean, rest, scale, w, b = _load_moments(moments, weight, bias, channels, COLUMNS)
+    of_channel = means + tl.program_id(2) * 2 * channels + channel
+    plain = tl.load(of_channel, mask=channel < channels, other=0.0)
+    product = tl.load(of_channel + channels, mask=channel < channels, other=0.0)
     for start in range(0, count, ROWS):
         row = (start + tl.arange(0, ROWS))[:, None]
         is_there = (row < count) & (channel < channels)
