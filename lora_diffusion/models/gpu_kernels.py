@@ -184,7 +184,7 @@ def _moments(  # pyright: ignore
 
 @triton.jit
 def _load_moments(moments, weight, bias, channels, COLUMNS: tl.constexpr):  # pyright: ignore
-    """For each channel of this program, (1, COLUMNS): its group's mean, the mean's rest and 1 / std; weight and bias."""
+    """For each channel of this program, (1, COLUMNS): mean, what it lost to rounding, 1 / std, weight and bias."""
     channel = _channels_of_program(COLUMNS)
     is_there = channel < channels
     place = moments + tl.program_id(2) * 3 * channels + channel
