@@ -19,10 +19,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_TILE = 4096  # numbers that one program holds at a time
-_PART = 4 * _TILE  # numbers of a group that one program works through
-_MAX_PARTS = 64  # programs per group
-_GEGLU_BLOCK = 1024
+_ROWS, _COLUMNS = 32, 64  # pixels and channels that a program holds at a time: rows of 128 bytes or more
+_MAX_CHUNKS = 128  # parts that an image's pixels are split into; a small kernel adds up what each part leaves
+_GROUP_TILE = 2048  # chunks times channels that this kernel holds at a time
+_GEGLU_TILE = {"ROWS": 4, "COLUMNS": 256}
 
 
 def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *, silu: bool) -> Tensor:
@@ -44,11 +44,11 @@ class _GroupNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         plan = _Plan(x, groups)
-        out = torch.empty_like(x)
-        partial = torch.empty((*plan.grid, 2), device=x.device)
-        moments = torch.empty(plan.grid[0], 2, device=x.device)
-        _moments[plan.grid](x, partial, *plan.sizes, **plan.tile)
-        _normalise[plan.grid](x, partial, weight, bias, out, moments, eps, *plan.sizes, **plan.tile, SILU=silu)
+        out, partial = torch.empty_like(x), plan.empty_partial()
+        moments = torch.empty(len(x), 3, x.shape[1], device=x.device)
+        _channel_sums[plan.grid](x, partial, *plan.sizes, **plan.tile)
+        _moments[plan.groups](x, partial, moments, eps, *plan.group_sizes, **plan.group_tile)
+        _normalise[plan.grid](x, weight, bias, moments, out, *plan.sizes, **plan.tile, SILU=silu)
         ctx.save_for_backward(x, weight, bias, moments)
         ctx.groups, ctx.silu = groups, silu
         return out
@@ -59,154 +59,224 @@ class _GroupNorm(torch.autograd.Function):
         x, weight, bias, moments = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)
         plan = _Plan(x, ctx.groups)
-        grad_x = torch.empty_like(x)
-        partial = torch.empty((*plan.grid, 2), device=x.device)
+        grad_x, partial = torch.empty_like(x), plan.empty_partial()
+        means = torch.empty(len(x), 2, x.shape[1], device=x.device)
         fixed = {**plan.tile, "SILU": ctx.silu}
         _gradient_sums[plan.grid](x, grad, weight, bias, moments, partial, *plan.sizes, **fixed)
-        _gradient[plan.grid](x, grad, weight, bias, moments, partial, grad_x, *plan.sizes, **fixed)
+        _gradient_means[plan.groups](partial, means, *plan.group_sizes, **plan.group_tile)
+        _gradient[plan.grid](x, grad, weight, bias, moments, means, grad_x, *plan.sizes, **fixed)
         return grad_x, None, None, None, None, None
 
 
 class _Plan:
-    """How the work on a tensor (B, C, H, W) is shared out: programs are numbered by image and group, and by part."""
+    """How the work on a tensor (B, C, H, W) is shared out.
+
+    Large kernels have a program for each block of channels, chunk of pixels ("rows") and image; it reads whole memory
+    lines, whatever the groups. Small ones have a program for each group of each image.
+    """
 
     def __init__(self, x: Tensor, groups: int) -> None:
         images, channels, height, width = x.shape
         rows, size = height * width, channels // groups
-        parts = min(_MAX_PARTS, triton.next_power_of_2(triton.cdiv(rows * size, _PART)))
-        self.grid = (images * groups, parts)
-        self.sizes = (rows, channels, size, triton.cdiv(rows, parts))
+        span = triton.cdiv(rows, _ROWS * _MAX_CHUNKS) * _ROWS  # rows of a chunk
+        chunks = triton.cdiv(rows, span)
+        self.grid = (triton.cdiv(channels, _COLUMNS), chunks, images)
+        self.sizes = (rows, channels, span)
+        self.tile = {"ROWS": _ROWS, "COLUMNS": _COLUMNS}
+
+        self.groups = (images * groups,)
+        self.group_sizes = (rows, channels, size, chunks)
         columns = triton.next_power_of_2(size)
-        self.tile = {"PARTS": parts, "COLUMNS": columns, "ROWS": max(1, _TILE // columns)}
+        self.group_tile = {"ROWS": max(1, _GROUP_TILE // columns), "COLUMNS": columns}
+        self._partial = (images, chunks, 2, channels)
+        self._device = x.device
+
+    def empty_partial(self) -> Tensor:
+        """For two sums of each channel over each chunk: (B, chunks, 2, C), float32."""
+        return torch.empty(self._partial, device=self._device)
 
 
 @triton.jit
-def _start(rows, channels, size):  # pyright: ignore
-    """Where this program's group begins: (offset in the picture's tensor, first channel)."""
+def _start(rows, channels, span):  # pyright: ignore
+    """(where this program's chunk begins in the image tensor, how many rows it has)."""
+    first = tl.program_id(1) * span
+    return (tl.program_id(2).to(tl.int64) * rows + first) * channels, tl.minimum(rows - first, span)
+
+
+@triton.jit
+def _channels_of_program(COLUMNS: tl.constexpr):  # pyright: ignore
+    return tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+
+
+@triton.jit
+def _store_sums(partial, first, second, channels, COLUMNS: tl.constexpr):  # pyright: ignore
+    """first, second: (ROWS, COLUMNS), to be summed over the rows."""
+    channel = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    chunk = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    place = partial + chunk * 2 * channels + channel
+    tl.store(place, tl.sum(first, axis=0), mask=channel < channels)
+    tl.store(place + channels, tl.sum(second, axis=0), mask=channel < channels)
+
+
+@triton.jit
+def _load_sums(partial, channels, size, chunks, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # pyright: ignore
+    """Both sums over all chunks, of each channel of this program's group: (COLUMNS,) each, 0 past the group."""
     groups = channels // size
     image, group = tl.program_id(0) // groups, tl.program_id(0) % groups
-    return image.to(tl.int64) * rows * channels + group * size, group * size
+    column = tl.arange(0, COLUMNS)[None, :]
+    base = partial + image.to(tl.int64) * chunks * 2 * channels + group * size + column
+    first, second = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, chunks, ROWS):
+        chunk = (start + tl.arange(0, ROWS))[:, None]
+        is_there = (chunk < chunks) & (column < size)
+        first += tl.load(base + chunk * 2 * channels, mask=is_there, other=0.0)
+        second += tl.load(base + chunk * 2 * channels + channels, mask=is_there, other=0.0)
+    return tl.sum(first, axis=0), tl.sum(second, axis=0)
 
 
 @triton.jit
-def _moments(x, partial, rows, channels, size, chunk, PARTS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):  # pyright: ignore
-    """Mean, and sum of squared differences from it, of one part of a group."""
-    offset, _ = _start(rows, channels, size)
-    part = tl.program_id(1)
-    end = tl.minimum((part + 1) * chunk, rows)
-    column = tl.arange(0, COLUMNS)[None, :]
-    count, mean, squares = 0.0, 0.0, 0.0
-    for first in range(part * chunk, end, ROWS):
-        row = (first + tl.arange(0, ROWS))[:, None]
-        is_there = (row < end) & (column < size)
-        value = tl.load(x + offset + row * channels + column, mask=is_there, other=0.0).to(tl.float32)
-        new = (tl.minimum(end - first, ROWS) * size).to(tl.float32)
-        new_mean = tl.sum(value) / new
-        distance = tl.where(is_there, value - new_mean, 0.0)
-        # Chan et al. 1983: moments of two sets put together
-        step = new_mean - mean
-        squares += tl.sum(distance * distance) + step * step * count * new / (count + new)
-        mean += step * new / (count + new)
-        count += new
-    place = partial + (tl.program_id(0) * PARTS + part) * 2
-    tl.store(place, mean)
-    tl.store(place + 1, squares)
+def _channel_sums(x, partial, rows, channels, span, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # pyright: ignore
+    """Sums over a chunk of each channel's distance from its value in the image's first row, and of its square.
+
+    A value of the channel's own is about as far from its mean as others are: little cancels however large the mean is.
+    """
+    offset, count = _start(rows, channels, span)
+    channel = _channels_of_program(COLUMNS)
+    origin = x + tl.program_id(2).to(tl.int64) * rows * channels + channel
+    first = tl.load(origin, mask=channel < channels, other=0.0).to(tl.float32)
+    sums, squares = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, count, ROWS):
+        row = (start + tl.arange(0, ROWS))[:, None]
+        is_there = (row < count) & (channel < channels)
+        value = tl.load(x + offset + row * channels + channel, mask=is_there, other=0.0).to(tl.float32)
+        distance = tl.where(is_there, value - first, 0.0)
+        sums += distance
+        squares += distance * distance
+    _store_sums(partial, sums, squares, channels, COLUMNS)
+
+
+@triton.jit
+def _moments(  # pyright: ignore
+    x, partial, moments, eps, rows, channels, size, chunks, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Puts the moments of a group's channels together (Chan et al. 1983): (mean, what it lost to rounding, 1 / std).
+
+    They are written for each channel, (B, 3, C), so that what reads them need not know the groups.
+    """
+    sums, squares = _load_sums(partial, channels, size, chunks, ROWS, COLUMNS)
+    groups = channels // size
+    image, group = tl.program_id(0) // groups, tl.program_id(0) % groups
+    column = tl.arange(0, COLUMNS)
+    origin = x + image.to(tl.int64) * rows * channels + group * size
+    first = tl.load(origin + column, mask=column < size, other=0.0).to(tl.float32)
+    anchor = tl.load(origin).to(tl.float32)
+    step = sums / rows  # from a channel's first value to its mean
+    from_anchor = tl.where(column < size, first - anchor + step, 0.0)
+    mean_from_anchor = tl.sum(from_anchor, axis=0) / size
+    distance = tl.where(column < size, from_anchor - mean_from_anchor, 0.0)
+    variance = tl.sum(squares / rows - step * step + distance * distance, axis=0) / size
+    mean = anchor + mean_from_anchor
+    place = moments + image * 3 * channels + group * size + column
+    tl.store(place, mean, mask=column < size)
+    tl.store(place + channels, mean_from_anchor - (mean - anchor), mask=column < size)
+    tl.store(place + 2 * channels, 1.0 / tl.sqrt(variance + eps), mask=column < size)
+
+
+@triton.jit
+def _load_moments(moments, weight, bias, channels, COLUMNS: tl.constexpr):  # pyright: ignore
+    """For each channel of this program, (1, COLUMNS): mean, what it lost to rounding, 1 / std, weight and bias."""
+    channel = _channels_of_program(COLUMNS)
+    is_there = channel < channels
+    place = moments + tl.program_id(2) * 3 * channels + channel
+    mean = tl.load(place, mask=is_there, other=0.0)
+    rest = tl.load(place + channels, mask=is_there, other=0.0)
+    scale = tl.load(place + 2 * channels, mask=is_there, other=0.0)
+    w = tl.load(weight + channel, mask=is_there, other=0.0).to(tl.float32)
+    b = tl.load(bias + channel, mask=is_there, other=0.0).to(tl.float32)
+    return mean, rest, scale, w, b
 
 
 @triton.jit
 def _normalise(  # pyright: ignore
-    x, partial, weight, bias, out, moments, eps, rows, channels, size, chunk,
-    PARTS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, SILU: tl.constexpr,
+    x, weight, bias, moments, out, rows, channels, span,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """Puts the parts' moments together and writes the normalised part; the first part also keeps (mean, 1 / std)."""
-    offset, channel = _start(rows, channels, size)
-    part = tl.program_id(1)
-    every = tl.arange(0, PARTS)
-    counts = (tl.maximum(tl.minimum((every + 1) * chunk, rows) - every * chunk, 0) * size).to(tl.float32)
-    means = tl.load(partial + (tl.program_id(0) * PARTS + every) * 2)
-    squares = tl.load(partial + (tl.program_id(0) * PARTS + every) * 2 + 1)
-    total = (rows * size).to(tl.float32)
-    mean = tl.sum(means * counts) / total
-    distance = means - mean
-    variance = tl.sum(squares + distance * distance * counts) / total
-    scale = 1.0 / tl.sqrt(variance + eps)
-    if part == 0:
-        tl.store(moments + tl.program_id(0) * 2, mean)
-        tl.store(moments + tl.program_id(0) * 2 + 1, scale)
-
-    column = tl.arange(0, COLUMNS)[None, :]
-    w = tl.load(weight + channel + column, mask=column < size, other=0.0).to(tl.float32)
-    b = tl.load(bias + channel + column, mask=column < size, other=0.0).to(tl.float32)
-    end = tl.minimum((part + 1) * chunk, rows)
-    for first in range(part * chunk, end, ROWS):
-        row = (first + tl.arange(0, ROWS))[:, None]
-        is_there = (row < end) & (column < size)
-        place = offset + row * channels + column
-        z = (tl.load(x + place, mask=is_there, other=0.0).to(tl.float32) - mean) * scale * w + b
+    offset, count = _start(rows, channels, span)
+    channel = _channels_of_program(COLUMNS)
+    mean, rest, scale, w, b = _load_moments(moments, weight, bias, channels, COLUMNS)
+    for start in range(0, count, ROWS):
+        row = (start + tl.arange(0, ROWS))[:, None]
+        is_there = (row < count) & (channel < channels)
+        place = offset + row * channels + channel
+        z = (tl.load(x + place, mask=is_there, other=0.0).to(tl.float32) - mean - rest) * scale * w + b
         if SILU:
             z = z * tl.sigmoid(z)
         tl.store(out + place, z.to(out.dtype.element_ty), mask=is_there)
 
 
 @triton.jit
-def _into_norm(x, grad, place, is_there, mean, scale, w, b, SILU: tl.constexpr):  # pyright: ignore
-    """(gradient of the normalised value, the normalised value), of one tile; 0 outside."""
-    normal = (tl.load(x + place, mask=is_there, other=0.0).to(tl.float32) - mean) * scale
+def _into_norm(x, grad, place, is_there, mean, rest, scale, w, b, SILU: tl.constexpr):  # pyright: ignore
+    """(gradient of the normalised value, the normalised value), of one tile; the gradient is 0 outside."""
+    normal = (tl.load(x + place, mask=is_there, other=0.0).to(tl.float32) - mean - rest) * scale
     g = tl.load(grad + place, mask=is_there, other=0.0).to(tl.float32)
     if SILU:
         z = normal * w + b
         s = tl.sigmoid(z)
         g = g * s * (1.0 + z * (1.0 - s))
-    return tl.where(is_there, g * w, 0.0), tl.where(is_there, normal, 0.0)
+    return g * w, normal
 
 
 @triton.jit
 def _gradient_sums(  # pyright: ignore
-    x, grad, weight, bias, moments, partial, rows, channels, size, chunk,
-    PARTS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, SILU: tl.constexpr,
+    x, grad, weight, bias, moments, partial, rows, channels, span,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """Sums, over one part of a group, of the gradient of the normalised values and of its product with them."""
-    offset, channel = _start(rows, channels, size)
-    part = tl.program_id(1)
-    mean, scale = tl.load(moments + tl.program_id(0) * 2), tl.load(moments + tl.program_id(0) * 2 + 1)
-    column = tl.arange(0, COLUMNS)[None, :]
-    w = tl.load(weight + channel + column, mask=column < size, other=0.0).to(tl.float32)
-    b = tl.load(bias + channel + column, mask=column < size, other=0.0).to(tl.float32)
-    end = tl.minimum((part + 1) * chunk, rows)
-    plain, product = 0.0, 0.0
-    for first in range(part * chunk, end, ROWS):
-        row = (first + tl.arange(0, ROWS))[:, None]
-        is_there = (row < end) & (column < size)
-        g, normal = _into_norm(x, grad, offset + row * channels + column, is_there, mean, scale, w, b, SILU)
-        plain += tl.sum(g)
-        product += tl.sum(g * normal)
-    place = partial + (tl.program_id(0) * PARTS + part) * 2
-    tl.store(place, plain)
-    tl.store(place + 1, product)
+    """Sums over a chunk, for each channel, of the gradient of the normalised values and of its product with them."""
+    offset, count = _start(rows, channels, span)
+    channel = _channels_of_program(COLUMNS)
+    mean, rest, scale, w, b = _load_moments(moments, weight, bias, channels, COLUMNS)
+    plain, product = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, count, ROWS):
+        row = (start + tl.arange(0, ROWS))[:, None]
+        is_there = (row < count) & (channel < channels)
+        place = offset + row * channels + channel
+        g, normal = _into_norm(x, grad, place, is_there, mean, rest, scale, w, b, SILU)
+        plain += g
+        product += g * normal
+    _store_sums(partial, plain, product, channels, COLUMNS)
+
+
+@triton.jit
+def _gradient_means(  # pyright: ignore
+    partial, means, rows, channels, size, chunks, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Both sums over a whole group, divided by the number of its values; for each channel, (B, 2, C)."""
+    plain, product = _load_sums(partial, channels, size, chunks, ROWS, COLUMNS)
+    groups = channels // size
+    image, group = tl.program_id(0) // groups, tl.program_id(0) % groups
+    column = tl.arange(0, COLUMNS)
+    place = means + image * 2 * channels + group * size + column
+    tl.store(place, tl.sum(plain, axis=0) / rows / size, mask=column < size)
+    tl.store(place + channels, tl.sum(product, axis=0) / rows / size, mask=column < size)
 
 
 @triton.jit
 def _gradient(  # pyright: ignore
-    x, grad, weight, bias, moments, partial, grad_x, rows, channels, size, chunk,
-    PARTS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, SILU: tl.constexpr,
+    x, grad, weight, bias, moments, means, grad_x, rows, channels, span,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """∂x = (g - mean(g) - normal · mean(g · normal)) / std, over one part of a group."""
-    offset, channel = _start(rows, channels, size)
-    part = tl.program_id(1)
-    every = tl.arange(0, PARTS)
-    total = (rows * size).to(tl.float32)
-    plain = tl.sum(tl.load(partial + (tl.program_id(0) * PARTS + every) * 2)) / total
-    product = tl.sum(tl.load(partial + (tl.program_id(0) * PARTS + every) * 2 + 1)) / total
-    mean, scale = tl.load(moments + tl.program_id(0) * 2), tl.load(moments + tl.program_id(0) * 2 + 1)
-    column = tl.arange(0, COLUMNS)[None, :]
-    w = tl.load(weight + channel + column, mask=column < size, other=0.0).to(tl.float32)
-    b = tl.load(bias + channel + column, mask=column < size, other=0.0).to(tl.float32)
-    end = tl.minimum((part + 1) * chunk, rows)
-    for first in range(part * chunk, end, ROWS):
-        row = (first + tl.arange(0, ROWS))[:, None]
-        is_there = (row < end) & (column < size)
-        place = offset + row * channels + column
-        g, normal = _into_norm(x, grad, place, is_there, mean, scale, w, b, SILU)
+    """∂x = (g - mean(g) - normal · mean(g · normal)) / std."""
+    offset, count = _start(rows, channels, span)
+    channel = _channels_of_program(COLUMNS)
+    mean, rest, scale, w, b = _load_moments(moments, weight, bias, channels, COLUMNS)
+    of_channel = means + tl.program_id(2) * 2 * channels + channel
+    plain = tl.load(of_channel, mask=channel < channels, other=0.0)
+    product = tl.load(of_channel + channels, mask=channel < channels, other=0.0)
+    for start in range(0, count, ROWS):
+        row = (start + tl.arange(0, ROWS))[:, None]
+        is_there = (row < count) & (channel < channels)
+        place = offset + row * channels + channel
+        g, normal = _into_norm(x, grad, place, is_there, mean, rest, scale, w, b, SILU)
         tl.store(grad_x + place, ((g - plain - normal * product) * scale).to(grad_x.dtype.element_ty), mask=is_there)
 
 
@@ -214,10 +284,9 @@ class _GEGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         x = x.contiguous()
-        half = x.shape[-1] // 2
-        out = torch.empty((*x.shape[:-1], half), dtype=x.dtype, device=x.device)
-        count = out.numel()
-        _geglu[(triton.cdiv(count, _GEGLU_BLOCK),)](x, out, count, half, BLOCK=_GEGLU_BLOCK)
+        out = torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=x.dtype, device=x.device)
+        grid, sizes = _share_out_geglu(out)
+        _geglu[grid](x, out, *sizes, **_GEGLU_TILE)
         ctx.save_for_backward(x)
         return out
 
@@ -226,37 +295,42 @@ class _GEGLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         (x,) = ctx.saved_tensors
         grad, grad_x = grad.contiguous(), torch.empty_like(x)
-        count = grad.numel()
-        _geglu_gradient[(triton.cdiv(count, _GEGLU_BLOCK),)](
-            x, grad, grad_x, count, x.shape[-1] // 2, BLOCK=_GEGLU_BLOCK
-        )
+        grid, sizes = _share_out_geglu(grad)
+        _geglu_gradient[grid](x, grad, grad_x, *sizes, **_GEGLU_TILE)
         return grad_x
 
 
-@triton.jit
-def _halves(count, half, BLOCK: tl.constexpr):  # pyright: ignore
-    """(index in the output, index of its factor, index of its gate, whether it is there)."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    first = index + index // half * half
-    return index, first, first + half, index < count
+def _share_out_geglu(out: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(programs by rows and columns, (number of rows, H)). out: (…, H)."""
+    half = out.shape[-1]
+    rows = out.numel() // half
+    return (triton.cdiv(rows, _GEGLU_TILE["ROWS"]), triton.cdiv(half, _GEGLU_TILE["COLUMNS"])), (rows, half)
 
 
 @triton.jit
-def _geglu(x, out, count, half, BLOCK: tl.constexpr):  # pyright: ignore
-    index, first, second, is_there = _halves(count, half, BLOCK)
+def _halves(rows, half, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # pyright: ignore
+    """(index in the output, index of its factor in the input, whether it is there); the gate is `half` further on."""
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    return row * half + column, row * 2 * half + column, (row < rows) & (column < half)
+
+
+@triton.jit
+def _geglu(x, out, rows, half, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # pyright: ignore
+    index, first, is_there = _halves(rows, half, ROWS, COLUMNS)
     factor = tl.load(x + first, mask=is_there, other=0.0).to(tl.float32)
-    gate = tl.load(x + second, mask=is_there, other=0.0).to(tl.float32)
+    gate = tl.load(x + first + half, mask=is_there, other=0.0).to(tl.float32)
     below = 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))  # Φ(gate)
     tl.store(out + index, (factor * gate * below).to(out.dtype.element_ty), mask=is_there)
 
 
 @triton.jit
-def _geglu_gradient(x, grad, grad_x, count, half, BLOCK: tl.constexpr):  # pyright: ignore
-    index, first, second, is_there = _halves(count, half, BLOCK)
+def _geglu_gradient(x, grad, grad_x, rows, half, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # pyright: ignore
+    index, first, is_there = _halves(rows, half, ROWS, COLUMNS)
     g = tl.load(grad + index, mask=is_there, other=0.0).to(tl.float32)
     factor = tl.load(x + first, mask=is_there, other=0.0).to(tl.float32)
-    gate = tl.load(x + second, mask=is_there, other=0.0).to(tl.float32)
+    gate = tl.load(x + first + half, mask=is_there, other=0.0).to(tl.float32)
     below = 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))  # Φ(gate)
     density = 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
     tl.store(grad_x + first, (g * gate * below).to(grad_x.dtype.element_ty), mask=is_there)
-    tl.store(grad_x + second, (g * factor * (below + gate * density)).to(grad_x.dtype.element_ty), mask=is_there)
+    tl.store(grad_x + first + half, (g * factor * (below + gate * density)).to(grad_x.dtype.element_ty), mask=is_there)
