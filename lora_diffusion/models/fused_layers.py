@@ -1,4 +1,4 @@
-"""A UNet for GPUs: channels last all the way, and one kernel each for group norm with its SiLU and for GEGLU."""
+"""A UNet for GPUs: channels last all the way, and kernels of our own for group norm with its SiLU and for GEGLU."""
 
 from __future__ import annotations
 
