@@ -7,9 +7,17 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from lora_diffusion.training.graph import StepGraphs
 from tests.conftest import DEVICE
+
+
+@pytest.fixture(autouse=True)
+def own_accelerator() -> Iterator[None]:
+    """Accelerate keeps one state per process, in which the precision of the first training stays."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType]
 
 
 @pytest.fixture

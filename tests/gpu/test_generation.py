@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lora_diffusion.adapters.base import Adapter
 from lora_diffusion.adapters.lora import LoRA
 from lora_diffusion.formats.adapter_file import AdapterFile
 from lora_diffusion.generation.engine import Cancelled, Engine, Request
@@ -152,8 +151,6 @@ def test_adapters_used_longest_ago_leave_the_device(device: torch.device, tiny_s
         held = allocated(device) - start
         assert held <= sizes[2]
     assert set(engine.adapters) == {"a", "c"}, "b was used longest ago"
-    adapters = [module for module in engine.model.modules() if isinstance(module, Adapter)]
-    assert adapters and all(parameter.device.type == device.type for a in adapters for parameter in a.parameters())
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.03)])

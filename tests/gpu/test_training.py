@@ -23,8 +23,9 @@ pytestmark = pytest.mark.gpu
 
 Graphs = Callable[[], list[int]]
 
-# A graph runs the kernels of single launches. What differs is the order in which the norm's squares are added, and
-# perhaps the kernels that cuBLAS and cuDNN choose while a graph is captured; bfloat16 turns a last bit into 0.4 %.
+# Of what was learned. The norm's squares are added in another order, layers with one input are computed together in half
+# precision, and kernels of a GPU add in an order of their own; bfloat16 turns a last bit into 0.4 %, and AdamW that of a
+# small gradient into a part of the learning rate. A step too many or too few is 0.1 and more in these runs.
 TOLERANCES = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 5e-2}
 
 
@@ -53,11 +54,18 @@ def test_a_run_learns_and_logs_the_same_with_and_without_graphs(
         assert graphs() == ([] if precision == "fp16" else [1]), "the loss scaler of fp16 asks for values"
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_that_was_stopped_and_resumed_ends_as_one_that_was_not(
-    device: torch.device, tmp_path: Path, graphs: Graphs, record_property: Callable[[str, Any], None]
+    device: torch.device,
+    precision: str,
+    tmp_path: Path,
+    graphs: Graphs,
+    record_property: Callable[[str, Any], None],
 ) -> None:
-    whole = load_file(prepare_quiet(write_ink_config(tmp_path / "whole.toml", device.type)).fit())
-    config = write_ink_config(tmp_path / "parts.toml", device.type, run={"output": str(tmp_path / "parts")})
+    run = {"precision": precision}
+    whole = load_file(prepare_quiet(write_ink_config(tmp_path / "whole.toml", device.type, run=run)).fit())
+    run |= {"output": str(tmp_path / "parts")}
+    config = write_ink_config(tmp_path / "parts.toml", device.type, run=run)
     first = prepare_quiet(config)
     first.plan = replace(first.plan, steps=7)
     first.fit()
@@ -67,7 +75,7 @@ def test_a_run_that_was_stopped_and_resumed_ends_as_one_that_was_not(
 
     record_property("is_equal", all(torch.equal(resumed[name], whole[name]) for name in whole))
     record_property("distance", distance(resumed, whole))
-    assert distance(resumed, whole) < 1e-4, "the first steps after a resume are launched one operation at a time"
+    assert distance(resumed, whole) < TOLERANCES[precision]
     if device.type == "cuda":
         assert graphs() == [1, 1, 1]
 
@@ -87,10 +95,14 @@ def test_without_graphs_a_resumed_run_ends_bit_for_bit_as_one_that_was_not_inter
 
 
 def test_a_loss_that_is_not_finite_in_a_graph_is_told_with_its_step_and_changes_nothing(
-    device: torch.device, tiny_sd1: Path, tmp_path: Path, graphs: Graphs
+    device: torch.device,
+    tiny_sd1: Path,
+    tmp_path: Path,
+    graphs: Graphs,
+    record_property: Callable[[str, Any], None],
 ) -> None:
     data = {"buckets": False}
-    run = {"steps": 12, "device": device.type}
+    run = {"steps": 12, "device": device.type, "precision": "fp32"}
     pictures = draw_pictures(tmp_path / "pictures", 8)
     config = write_config(tmp_path / "run.toml", tiny_sd1, pictures, run=run, dataset=data)
     trainer = prepare_quiet(config)
@@ -117,24 +129,33 @@ def test_a_loss_that_is_not_finite_in_a_graph_is_told_with_its_step_and_changes_
     saved = prepare(tmp_path / "run.toml", resume=True)
     assert saved.step == 8
     tensors, expected = saved.exporter.tensors(), good.exporter.tensors()
-    assert all(torch.equal(tensors[key], expected[key]) for key in expected)
+    record_property("distance", distance(tensors, expected))
+    assert distance(tensors, expected) < TOLERANCES["fp32"]
     if device.type == "cuda":
         assert graphs() == [1, 1]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_previews_and_validation_between_the_steps_change_nothing(
-    device: torch.device, tmp_path: Path, graphs: Graphs
+    device: torch.device,
+    precision: str,
+    tmp_path: Path,
+    graphs: Graphs,
+    record_property: Callable[[str, Any], None],
 ) -> None:
-    plain = write_ink_config(tmp_path / "plain.toml", device.type, validation={"every": 1000})  # at the end only
+    run = {"precision": precision}
+    plain = write_ink_config(tmp_path / "plain.toml", device.type, run=run, validation={"every": 1000})  # at the end
     preview = {"every": 4, "prompts": ["a cat, ink style"], "steps": 3, "cfg": 3.0}
-    run = {"output": str(tmp_path / "watched")}
+    run |= {"output": str(tmp_path / "watched")}
     watched = write_ink_config(
         tmp_path / "watched.toml", device.type, run=run, preview=preview, validation={"every": 3}
     )
     expected, found = (load_file(prepare_quiet(config).fit()) for config in (plain, watched))
 
     assert len(list((tmp_path / "watched" / "previews").glob("*.png"))) == 4
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    record_property("is_equal", all(torch.equal(found[name], expected[name]) for name in expected))
+    record_property("distance", distance(found, expected))
+    assert distance(found, expected) < TOLERANCES[precision]
     if device.type == "cuda":
         assert graphs() == [1, 1]
 
@@ -143,7 +164,7 @@ def test_each_bucket_has_a_graph(
     device: torch.device, tiny_sd1: Path, tmp_path: Path, graphs: Graphs, record_property: Callable[[str, Any], None]
 ) -> None:
     pictures = draw_pictures(tmp_path / "pictures", 12)  # 4 wide and 8 square ones: no batch of 2 is short
-    run = {"steps": 18, "device": device.type, "save_precision": "fp32"}
+    run = {"steps": 18, "device": device.type, "save_precision": "fp32", "precision": "fp32"}
     adapters = []
     for make in (prepare, prepare_quiet):
         folder = tmp_path / make.__name__
