@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lora_diffusion.adapters.base import Adapter
 from lora_diffusion.adapters.lora import LoRA
 from lora_diffusion.formats.adapter_file import AdapterFile
 from lora_diffusion.generation.engine import Cancelled, Engine, Request
