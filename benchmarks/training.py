@@ -159,10 +159,11 @@ def main() -> None:
     pictures = write_pictures(work / f"pictures-{options.pictures}-{size}", options.pictures, size)
     trainers = [own("attention")]
     if options.diffusers:
-        trainers.append(diffusers_script(options.diffusers, options.diffusers_python))
-    trainers.append(own("attention-mlp"))
+        trainers.append(diffusers_script(options.diffusers, options.diffusers_python.absolute()))
+    if options.sd_scripts or not options.diffusers:
+        trainers.append(own("attention-mlp"))
     if options.sd_scripts:
-        trainers.append(sd_scripts(options.sd_scripts, options.sd_scripts_python))
+        trainers.append(sd_scripts(options.sd_scripts, options.sd_scripts_python.absolute()))
     task = Task(base, options.base == "reduced", pictures, size, options.precision, options.batch_size, 0, work)
     records = measure(trainers, task, tuple(options.steps), options.threads, options.rounds)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

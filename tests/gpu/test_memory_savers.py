@@ -32,8 +32,8 @@ Record = Callable[[str, Any], None]
 Kind = Literal["nf4", "int8"]
 
 BF16 = 0.05
-"""Of what was learned, in bfloat16: kernels of a GPU add in an order of their own, and AdamW turns a last bit of a small
-gradient into a part of the learning rate."""
+"""Of what was learned, in bfloat16: kernels of a GPU add in an order of their own, and AdamW turns a last bit of a
+small gradient into a part of the learning rate."""
 
 kinds = pytest.mark.parametrize("kind", ["nf4", "int8"])
 
