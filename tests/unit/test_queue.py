@@ -232,7 +232,7 @@ def test_a_failed_run_tells_why_and_is_not_tried_again_by_itself(work: Bench) ->
 
 
 def test_a_program_that_cannot_be_started_fails_the_job(work: Bench) -> None:
-    work.runner.command = lambda config, resume: ["/no/such/program"]
+    work.runner.commands = {"train": lambda config, resume: ["/no/such/program"]}
     id = work.queue.add(toml()).id
     job = work.work_until(id, "failed")
 
@@ -246,7 +246,7 @@ def test_a_start_that_fails_without_a_message_of_ours_tells_the_line_that_says_w
     output = (
         f"Traceback (most recent call last):\n  import torch\nModuleNotFoundError: No module named 'torch'{accelerate}"
     )
-    work.runner.command = lambda config, resume: [sys.executable, "-c", f"print({output!r}); exit(1)"]
+    work.runner.commands = {"train": lambda config, resume: [sys.executable, "-c", f"print({output!r}); exit(1)"]}
     job = work.work_until(work.queue.add(toml()).id, "failed")
 
     assert job.error is not None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lora_diffusion.data.captions import CaptionError, one_line, read_caption
 from lora_diffusion.data.listing import CAPTION_SUFFIXES, is_image_name, list_folder, relative_name
-from lora_diffusion.data.sidecars import MAX_CAPTION_CHARACTERS, CaptionIndex
+from lora_diffusion.data.sidecars import MAX_CAPTION_CHARACTERS, CaptionIndex, check_caption_file
 from lora_diffusion.errors import UserError
 from lora_diffusion.files import write_bytes_atomically
 from webui.services.caption_text import Change, style_of
@@ -149,11 +149,10 @@ class PictureSet:
 
     def _check(self, path: Path) -> None:
         """Raises SetError unless `path` is a caption file, there or not, inside the folder."""
-        real_root = self.root.resolve()
-        if path.suffix.lower() not in CAPTION_SUFFIXES or not path.resolve().is_relative_to(real_root):
-            raise SetError(f"{path.name} leads out of the data set's folder and is not written to.")
-        if path.resolve().suffix.lower() not in CAPTION_SUFFIXES or (path.exists() and not path.is_file()):
-            raise SetError(f"{path.name} is not a file of text and is not written to.")
+        try:
+            check_caption_file(path, self.root)
+        except CaptionError as error:
+            raise SetError(str(error)) from None
 
     def _sharing(self, files: Iterable[Path]) -> list[str]:
         stems = {_stem(path, self.root) for path in files}
