@@ -11,9 +11,18 @@ from lora_diffusion.captioning.errors import CaptionerError
 from lora_diffusion.container import PICKLE_SUFFIXES, conversion_command, read_header, weight_files
 from lora_diffusion.models.hub import cached_folder, cached_repos, hub_folder, is_hub_id
 
-HUB_FILES = ("*.json", "*.txt", "*.jinja", "tokenizer.model", "model.safetensors", "model-*-of-*.safetensors")
+HUB_FILES = ("*.json", "*.txt", "*.jinja", "*.model", "model.safetensors", "model-*-of-*.safetensors")
 EXAMPLE = "Salesforce/blip-image-captioning-large"
 
+_TOKENIZERS = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+"""One of them; without any transformers 5 makes a tokenizer that knows no word."""
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -26,7 +35,7 @@ def find_captioner(name: str) -> Path:
     if not folder.is_dir():
         if folder.exists():
             raise CaptionerError(f"{name}: a captioner is a folder with config.json and model.safetensors, not a file.")
-        if not is_hub_id(name) or folder.parent.exists():
+        if not is_hub_name(name, Path()):
             raise CaptionerError(
                 f"{name}: there is no such folder (looked in {Path.cwd()}). Give the folder of an image-to-text model "
                 f"of transformers, or a hub id such as {EXAMPLE}."
@@ -35,6 +44,11 @@ def find_captioner(name: str) -> Path:
         folder = cached if cached and _has_weights(cached) else hub_folder(name, HUB_FILES)
     check_folder(folder)
     return folder
+
+
+def is_hub_name(name: str, root: Path) -> bool:
+    """Whether `name` means a repository of the hub, and not a path from `root`."""
+    return is_hub_id(name) and not (root / name).parent.exists()
 
 
 def check_folder(folder: Path) -> None:
@@ -59,6 +73,8 @@ def check_folder(folder: Path) -> None:
             f"{folder}: only {pickle.name}, a pickle, which can run code and is not opened. Get the .safetensors "
             f"version, or convert it:\n{conversion_command(pickle, folder / _WEIGHTS[0])}"
         )
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        raise CaptionerError(f"{folder / _TOKENIZERS[0]} is missing. Copy or download the model again.")
     for path in weight_files(folder, "model"):
         read_header(path)
 

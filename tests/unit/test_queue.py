@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from lora_diffusion.config_captions import CaptionOrder
 from lora_diffusion.config import TrainConfig
 from lora_diffusion.config_errors import ConfigError
 from lora_diffusion.jobs.queue import Queue, QueueError
@@ -401,3 +402,17 @@ def test_no_child_of_the_runner_stays_a_zombie(work: Bench) -> None:
         return all(child.status() != psutil.STATUS_ZOMBIE for child in psutil.Process().children(recursive=True))
 
     wait_for(has_none, 5)
+
+
+def test_a_queue_of_an_earlier_version_is_read_with_its_runs(work: Bench, tmp_path: Path) -> None:
+    job = work.queue.add(toml(), start=False)
+    with closing(sqlite3.connect(Workspace(tmp_path).queue)) as database:
+        database.execute("ALTER TABLE jobs DROP COLUMN kind")
+
+    assert [(old.id, old.kind, old.name) for old in work.queue.jobs()] == [(job.id, "train", "ink")]
+    captioning = work.queue.add_captions(CaptionOrder.of(folder="data/shapes", captioner="models/blip"))
+    assert [(new.kind, new.position) for new in work.queue.jobs()] == [("train", 1), ("caption", 2)]
+    with pytest.raises(QueueError, match="is no training"):
+        work.queue.duplicate(captioning.id)
+    with pytest.raises(QueueError, match="is no training"):
+        work.queue.replace_config(captioning.id, toml())

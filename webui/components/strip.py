@@ -74,7 +74,7 @@ def _active(t: Translator, id: str, job: Job) -> Markup:
     return html(
         '<a class="active" href="{href}"><b class="dot {status}"></b><em>{name}</em>'
         '<i style="--share:{share:.3f}"></i><span>{percent}{eta}</span></a>',
-        href=run_href(t, id),
+        href=run_href(t, id) if job.kind == "train" else t.href("/runs"),
         status=job.status,
         name=job.name,
         share=share,

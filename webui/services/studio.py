@@ -58,7 +58,7 @@ class Studio:
     def sample_live(self, request: Request) -> Job | None:
         """Ask the run that trains now for a picture from its weights of this moment."""
         job = self.training()
-        if job is not None:
+        if job is not None and job.kind == "train":
             prompt, _ = take_out_tags(request.prompt)
             content = {"prompts": [prompt], "seed": request.seed, "steps": request.steps, "cfg": request.cfg}
             RunFolder(job.run).ask("sample_now", content)
