@@ -126,7 +126,7 @@ def announce(job: Job) -> None:
     """Tell that a job was added."""
     place = f" at place {job.position}" if job.position else ""
     where = f", run folder {job.run}" if job.kind == "train" else ""
-    typer.echo(f"job {job.id}: {job.name} is {job.status}{place}{where}")
+    typer.echo(f"job {job.id}: {job.title} is {job.status}{place}{where}")
 
 
 def _ask(root: Path, debug: bool, request: Callable[[Queue], None]) -> None:
@@ -150,7 +150,7 @@ def _print_table(jobs: list[Job]) -> None:
         colour = _COLOURS.get(job.status, "default")
         steps = f"{job.step}/{job.steps}" if job.steps else str(job.step)
         table.add_row(
-            str(job.id), escape(job.name), f"[{colour}]{status}[/]", steps, _time_left(job), escape(str(job.run))
+            str(job.id), escape(job.title), f"[{colour}]{status}[/]", steps, _time_left(job), escape(str(job.run))
         )
     console = Console()
     console.print(table)

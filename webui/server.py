@@ -1,4 +1,4 @@
-"""The web server: Gradio's pages, our pictures and our two static files, behind one guard.
+"""The web server: Gradio's pages, our pictures and our static files, behind one guard.
 
 Nothing of the disk is served by path: Gradio gets no folder to serve, and pictures are drawn anew by id.
 """

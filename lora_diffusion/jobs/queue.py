@@ -35,6 +35,7 @@ class Job:
     """Negative for a run from a terminal: the same at every call, until the queue is asked to do something with it."""
     kind: Kind
     name: str
+    """Of the run; of a captioning, its folder's."""
     run: Path
     """Run folder; of a captioning, whose steps are pictures, one that is private to the queue."""
     status: JobStatus
@@ -49,6 +50,11 @@ class Job:
     created: float
     started: float | None
     ended: float | None
+
+    @property
+    def title(self) -> str:
+        """What it is called among jobs of all kinds."""
+        return self.name if self.kind == "train" else f"captions of {self.name}"
 
 
 class Queue:
@@ -138,7 +144,7 @@ class Queue:
             write_text_atomically(config, order.to_toml())
             return folder.relative_to(self.workspace.root).as_posix()
 
-        id = self._store.add(f"captions of {order.caption.folder.name}", 0, prepare, kind="caption")
+        id = self._store.add(order.caption.folder.name, 0, prepare, kind="caption")
         if start:
             self._start_runner(self.workspace)
         return self.job(id)
@@ -230,7 +236,7 @@ class Queue:
 
     def _check_training(self, job: Job) -> None:
         if job.kind != "train":
-            raise QueueError(f"Job {job.id} is no training but writes {job.name}. Queue another one in its place.")
+            raise QueueError(f"Job {job.id} is no training but a captioning. Queue another one in its place.")
 
     # Rows and folders
 

@@ -9,13 +9,14 @@ import sqlite3
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import psutil
 import pytest
 
-from lora_diffusion.config_captions import CaptionOrder
 from lora_diffusion.config import TrainConfig
+from lora_diffusion.config_captions import CaptionOrder
 from lora_diffusion.config_errors import ConfigError
 from lora_diffusion.jobs.queue import Queue, QueueError
 from lora_diffusion.jobs.store import Store

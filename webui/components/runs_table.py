@@ -10,7 +10,7 @@ from markupsafe import Markup
 from lora_diffusion.jobs.condition import ACTIVE
 from webui.components.chart import Line, render_chart, render_legend
 from webui.components.html import duration, html, join, picture_url
-from webui.components.monitor import badge, run_href, set_href, when
+from webui.components.monitor import badge, run_href, set_href, title, when
 from webui.services.overview import RunRow
 from webui.translate import Translator
 
@@ -67,7 +67,7 @@ def _row(t: Translator, row: RunRow, num_waiting: int, now: float) -> Markup:
         tick=_tick(t, row) if is_run else "",
         picture=picture,
         href=run_href(t, row.id) if is_run else set_href(t, row.dataset_id),
-        name=job.name if is_run else t("runs.captions", name=row.dataset),
+        name=title(t, job),
         created=when(job.started or job.created),
         badge=badge(t, job),
         bar=bar,

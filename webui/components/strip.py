@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from lora_diffusion.jobs.queue import Job
 from webui.components.html import duration, html, join, size
-from webui.components.monitor import run_href
+from webui.components.monitor import run_href, title
 from webui.services.machine import Machine
 from webui.translate import LANGUAGES, Translator
 
@@ -76,7 +76,7 @@ def _active(t: Translator, id: str, job: Job) -> Markup:
         '<i style="--share:{share:.3f}"></i><span>{percent}{eta}</span></a>',
         href=run_href(t, id) if job.kind == "train" else t.href("/runs"),
         status=job.status,
-        name=job.name,
+        name=title(t, job),
         share=share,
         percent=f"{share:.0%}" if job.steps else t("status.starting"),
         eta=f" · {t('strip.left', time=duration(left))}" if left is not None else "",

@@ -69,7 +69,7 @@ window.loraDiffusionCaptioning = (page) => {
     summary.classList.toggle("has", Boolean(pending && !job?.isActive));
     const progress = job && h("div", { className: "caption-job", id: "dataset-caption-job", "data-status": job.status },
       h("p", { className: "hint" }, told(job) + (isOver ? problems : "")),
-      job.isActive ? h("i", { className: "caption-bar", style: { "--share": String(job.total ? job.done / job.total : 0) } }) : null,
+      job.isActive && job.status !== "queued" ? h("i", { className: "caption-bar", style: { "--share": String(job.total ? job.done / job.total : 0) } }) : null,
       isOver && job.error ? h("p", { className: "said bad" }, job.error) : null,
       job.isActive ? button(t("caption.stop"), async () => { const answer = await ask("caption_stop"); if (!answer.error) draw(answer); }, { id: "dataset-caption-stop" }) : null);
     const review = pending ? button(t("caption.review", { n: pending }), openReview, { className: "quiet strong", id: "dataset-caption-review" }) : null;
