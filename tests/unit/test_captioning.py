@@ -220,9 +220,11 @@ def broken(blip: Path, folder: Path, how: str) -> Path:
         case "questions":
             config.write_text(json.dumps(values | {"architectures": ["BlipForQuestionAnswering"]}))
         case "no tokenizer":
-            (folder / "tokenizer.json").unlink()
+            for name in ("tokenizer.json", "vocab.txt"):
+                (folder / name).unlink(missing_ok=True)
         case "no processor":
-            (folder / "processor_config.json").unlink()
+            for path in folder.glob("*processor_config.json"):
+                path.unlink()
         case "other weights":
             other = {"text_config": values["text_config"] | {"num_hidden_layers": 3}}
             config.write_text(json.dumps(values | other))

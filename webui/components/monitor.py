@@ -55,11 +55,6 @@ def badge(t: Translator, job: Job) -> Markup:
     return html('<span class="badge {status}">{text}</span>', status=job.status, text=t(f"status.{status}"))
 
 
-def title(t: Translator, job: Job) -> str:
-    """What a job is called where there are jobs of all kinds."""
-    return job.name if job.kind == "train" else t("runs.captions", name=job.name)
-
-
 def speed(seconds_per_step: float) -> str:
     return f"{1 / seconds_per_step:.2f} it/s" if seconds_per_step < 1 else f"{seconds_per_step:.2f} s/it"
 

@@ -10,7 +10,8 @@ from markupsafe import Markup
 from lora_diffusion.jobs.condition import ACTIVE
 from webui.components.chart import Line, render_chart, render_legend
 from webui.components.html import duration, html, join, picture_url
-from webui.components.monitor import badge, run_href, set_href, title, when
+from webui.components.job import title
+from webui.components.monitor import badge, run_href, set_href, when
 from webui.services.overview import RunRow
 from webui.translate import Translator
 

@@ -8,7 +8,8 @@ from markupsafe import Markup
 
 from lora_diffusion.jobs.queue import Job
 from webui.components.html import duration, html, join, size
-from webui.components.monitor import run_href, title
+from webui.components.job import title
+from webui.components.monitor import run_href
 from webui.services.machine import Machine
 from webui.translate import LANGUAGES, Translator
 

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from lora_diffusion.generation.request import format_number
 from lora_diffusion.jobs.queue import Job
 from webui.components.html import html, join, picture_url
-from webui.components.monitor import title
+from webui.components.job import title
 from webui.services.drawings import Drawing
 from webui.services.gallery import Picture
 from webui.services.library import Adapter

@@ -9,8 +9,8 @@ from markupsafe import Markup
 
 from lora_diffusion.errors import UserError
 from webui.components.html import said
+from webui.components.job import title
 from webui.components.live import live
-from webui.components.monitor import title
 from webui.components.studio import render_gallery, render_grid, render_status
 from webui.pages.events import QUICK
 from webui.pages.generate.layout import Controls, Results
