@@ -32,8 +32,8 @@ from lora_diffusion.adapters.joint import JointLayout
 from lora_diffusion.config import TrainConfig
 from lora_diffusion.models.base import DiffusionModel
 from lora_diffusion.models.load import load_model
+from lora_diffusion.models.precision import DTYPES, resolve_device
 from lora_diffusion.recipe import build_on, make_accelerator
-from lora_diffusion.recipe_base import DTYPES, resolve_device
 from lora_diffusion.recipe_data import SharedBase
 from lora_diffusion.runs import RunFolder
 from lora_diffusion.training.joint import JointTrainer

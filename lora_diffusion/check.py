@@ -14,9 +14,10 @@ from lora_diffusion.config import TrainConfig
 from lora_diffusion.data.duplicates import find_near_duplicates
 from lora_diffusion.data.folder import NO_CAPTION, build_report
 from lora_diffusion.models.base import Conditioning, DiffusionModel
+from lora_diffusion.models.precision import resolve_device, resolve_precision
 from lora_diffusion.progress import Track, silent
 from lora_diffusion.recipe import run_steps
-from lora_diffusion.recipe_base import load_base, prepare_model, resolve_device, resolve_precision
+from lora_diffusion.recipe_base import load_base, prepare_model
 from lora_diffusion.recipe_data import TrainingSet, latent_batch_size, read_training_set, token_counts
 from lora_diffusion.training.estimate import StepEstimate, encoding_bytes, estimate_step
 from lora_diffusion.training.memory import PeakMemory

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lora_diffusion import cli_files, cli_merge, cli_queue, cli_serve, cli_sweep, cli_ui
+from lora_diffusion import cli_captions, cli_files, cli_merge, cli_queue, cli_serve, cli_sweep, cli_ui
 from lora_diffusion.cli_base import DebugOption, app, errors_as_messages
 from lora_diffusion.launch import spin_briefly
 from lora_diffusion.progress import bar, silent
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # Importing the other files adds their commands.
 __all__ = [
     "app",
+    "cli_captions",
     "cli_files",
     "cli_merge",
     "cli_queue",

@@ -42,9 +42,7 @@ def add(
 
         settings = TrainConfig.load(config, overrides or ())
         toml = settings.to_toml() if overrides else read_text(config)
-        job = _queue(root).add(toml)
-        place = f" at place {job.position}" if job.position else ""
-        typer.echo(f"job {job.id}: {job.name} is {job.status}{place}, run folder {job.run}")
+        announce(open_queue(root).add(toml))
 
 
 @queue_app.command(name="list")
@@ -55,7 +53,7 @@ def list_jobs(
 ) -> None:
     """Show what waits, runs and ended. A negative ID is a run that was started from a terminal."""
     with errors_as_messages(debug):
-        jobs = _queue(root).jobs()
+        jobs = open_queue(root).jobs()
         if as_json:
             typer.echo(json.dumps([asdict(job) | {"run": str(job.run)} for job in jobs], indent=2))
         else:
@@ -113,7 +111,8 @@ def runner(root: RootOption = Path(), debug: DebugOption = False) -> None:
         work(Workspace(root.resolve()))
 
 
-def _queue(root: Path) -> Queue:
+def open_queue(root: Path) -> Queue:
+    """The queue of a workspace. Raises UserError if `root` is no folder."""
     from lora_diffusion.errors import UserError
     from lora_diffusion.jobs.queue import Queue
     from lora_diffusion.workspace import Workspace
@@ -123,9 +122,16 @@ def _queue(root: Path) -> Queue:
     return Queue(Workspace(root))
 
 
+def announce(job: Job) -> None:
+    """Tell that a job was added."""
+    place = f" at place {job.position}" if job.position else ""
+    where = f", run folder {job.run}" if job.kind == "train" else ""
+    typer.echo(f"job {job.id}: {job.title} is {job.status}{place}{where}")
+
+
 def _ask(root: Path, debug: bool, request: Callable[[Queue], None]) -> None:
     with errors_as_messages(debug):
-        request(_queue(root))
+        request(open_queue(root))
 
 
 def _print_table(jobs: list[Job]) -> None:
@@ -144,7 +150,7 @@ def _print_table(jobs: list[Job]) -> None:
         colour = _COLOURS.get(job.status, "default")
         steps = f"{job.step}/{job.steps}" if job.steps else str(job.step)
         table.add_row(
-            str(job.id), escape(job.name), f"[{colour}]{status}[/]", steps, _time_left(job), escape(str(job.run))
+            str(job.id), escape(job.title), f"[{colour}]{status}[/]", steps, _time_left(job), escape(str(job.run))
         )
     console = Console()
     console.print(table)

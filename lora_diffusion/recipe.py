@@ -25,9 +25,10 @@ from lora_diffusion.formats.argument import parse_adapter
 from lora_diffusion.formats.metadata import TrainingFacts, build_metadata
 from lora_diffusion.generation.engine import Engine, Request
 from lora_diffusion.models.base import Conditioning, DiffusionModel
+from lora_diffusion.models.precision import DTYPES, resolve_device, resolve_precision
 from lora_diffusion.progress import Track, silent
 from lora_diffusion.recipe_adapters import Adapters, hashes_of_merged, learning_rates, parameter_groups
-from lora_diffusion.recipe_base import DTYPES, load_base, prepare_model, resolve_device, resolve_precision
+from lora_diffusion.recipe_base import load_base, prepare_model
 from lora_diffusion.recipe_data import (
     SharedBase,
     TrainingSet,

@@ -7,33 +7,12 @@ from collections.abc import Sequence
 import torch
 
 from lora_diffusion.config import TrainConfig
-from lora_diffusion.errors import UserError
 from lora_diffusion.models.base import DiffusionModel
 from lora_diffusion.models.checkpointing import checkpoint_blocks
 from lora_diffusion.models.fused_layers import fuse_layers
 from lora_diffusion.models.load import load_model
 from lora_diffusion.models.packed_conv import has_fast_bf16, pack_convolutions
 from lora_diffusion.recipe_adapters import Adapters, inject_adapters, merge_into_base
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU if there is one. Raises UserError where CUDA is asked for and missing."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError('[run] device = "cuda", but torch finds no CUDA device. Use device = "auto" or "cpu".')
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def resolve_precision(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bf16 on GPUs that have it, fp16 on older ones, fp32 on a CPU."""
-    if name == "auto":
-        if device.type != "cuda":
-            return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    if name == "fp16" and device.type == "cpu":
-        raise UserError('[run] precision = "fp16" overflows and is slow on a CPU. Use "fp32", "bf16" or "auto".')
-    return DTYPES[name]
 
 
 def load_base(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> DiffusionModel:

@@ -14,9 +14,10 @@ from lora_diffusion.adapters.joint import JointLayout
 from lora_diffusion.config_sweep import Member, check_together
 from lora_diffusion.errors import RunError, UserError
 from lora_diffusion.models.base import DiffusionModel
+from lora_diffusion.models.precision import resolve_precision
 from lora_diffusion.progress import bar
 from lora_diffusion.recipe import build_on, make_accelerator
-from lora_diffusion.recipe_base import load_base, release_unused, resolve_precision
+from lora_diffusion.recipe_base import load_base, release_unused
 from lora_diffusion.recipe_data import SharedBase
 from lora_diffusion.runs import RunFolder
 from lora_diffusion.sweep_pictures import draw_contact_sheet, draw_losses

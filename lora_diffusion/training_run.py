@@ -12,14 +12,16 @@ import torch
 from accelerate import Accelerator
 
 from lora_diffusion.config import TrainConfig
-from lora_diffusion.errors import RunError, UserError
+from lora_diffusion.errors import RunError
 from lora_diffusion.files import write_text_atomically
 from lora_diffusion.generation.plots import loss_plot
-from lora_diffusion.jobs.device_lock import NoLongerWanted, device_lock, lock_from_environment
+from lora_diffusion.jobs.device_lock import NoLongerWanted, shared_device
+from lora_diffusion.jobs.record import log_file, recorded_end
 from lora_diffusion.progress import bar, silent
 from lora_diffusion.recipe import build, make_accelerator
-from lora_diffusion.runs import Failure, RunFolder
+from lora_diffusion.runs import RunFolder
 from lora_diffusion.training.export import write_model_card
+from lora_diffusion.training.memory import is_out_of_memory
 from lora_diffusion.training.signals import StopRequest
 from lora_diffusion.training.tracking import latest_per_step, read_metrics
 from lora_diffusion.training.trainer import Trainer
@@ -70,7 +72,7 @@ def recorded(
     hears: which log records belong to this run.
     """
     previous = run.prepare(resume=resume)
-    with _log_file(run.log, hears), _recorded_end(run, resume):
+    with log_file(run.log, hears), recorded_end(run, lambda error: _told(error, run), resume=resume):
         _announce(config, run, previous, resume=resume, num_processes=num_processes)
         yield
 
@@ -95,19 +97,16 @@ def begin_recorded(config: TrainConfig, trainer: Trainer) -> None:
 @contextmanager
 def _device(config: TrainConfig, run: RunFolder, accelerator: Accelerator) -> Iterator[None]:
     """Hold the device if whoever started this process wants that; a stop is obeyed while waiting for it."""
-    device = accelerator.device
-    path = lock_from_environment(f"cuda-{device.index or 0}" if device.type == "cuda" else device.type)
-    if path is None:
-        yield
-        return
     stop = StopRequest()
 
     def should_stop() -> bool:
         return bool(stop) or "stop" in run.take_control()
 
+    device = accelerator.device
     with ExitStack() as held:
         with stop.listen():
-            held.enter_context(device_lock(path, f"the training of {config.run.name}", should_stop))
+            what = f"the training of {config.run.name}"
+            held.enter_context(shared_device(device.type, device.index, what, should_stop))
         yield
 
 
@@ -128,49 +127,9 @@ def _announce(config: TrainConfig, run: RunFolder, previous: Path | None, *, res
         run.begin(0, config.run.steps or 0)
 
 
-@contextmanager
-def _log_file(path: Path, hears: Callable[[logging.LogRecord], bool]) -> Iterator[None]:
-    """Also write to log.txt what is logged inside the block, and the error that ends it."""
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
-    handler.addFilter(hears)
-    root = logging.getLogger()
-    root.addHandler(handler)
-    try:
-        yield
-    except BaseException as error:  # the terminal shows it later, when it has left all blocks
-        message = f"{type(error).__name__}: {error}"
-        handler.handle(logger.makeRecord(logger.name, logging.ERROR, __file__, 0, message, (), None))
-        raise
-    finally:
-        root.removeHandler(handler)
-        handler.close()
-
-
-@contextmanager
-def _recorded_end(run: RunFolder, resume: bool) -> Iterator[None]:
-    """Whatever ends the block early is written to state.json before it goes on its way.
-
-    Running out of memory becomes a RunError that says what to change. An input error before a resume changes nothing.
-    """
-    before = run.read_state()
-    try:
-        yield
-    except BaseException as error:
-        told = _out_of_memory(run) if _is_out_of_memory(error) else error
-        hint = ""
-        if not isinstance(told, UserError | RunError):
-            hint = "This is a fault of the program or the machine, not of the config. Run again with --debug."
-        if not (resume and isinstance(told, UserError) and run.read_state() == before):
-            run.end("failed", Failure(type(told).__name__, str(told) or type(told).__name__, hint))
-        if told is not error:
-            raise told from error
-        raise
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    # The CPU allocator has no exception class of its own.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+def _told(error: BaseException, run: RunFolder) -> BaseException:
+    """Running out of memory says what to change."""
+    return _out_of_memory(run) if is_out_of_memory(error) else error
 
 
 def _out_of_memory(run: RunFolder) -> RunError:

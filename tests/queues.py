@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 
 from lora_diffusion.jobs.condition import ACTIVE
+from lora_diffusion.jobs.launch import COMMANDS
 from lora_diffusion.jobs.queue import Job, Queue
 from lora_diffusion.jobs.runner import Runner
 from lora_diffusion.workspace import Workspace
@@ -99,7 +100,7 @@ class Bench:
 def bench(root: Path, **options: float) -> Iterator[Bench]:
     """What still runs at the end is killed."""
     workspace = Workspace(root)
-    runner = Runner(workspace, command=fake_command, poll_s=0.02, **options)  # pyright: ignore[reportArgumentType]
+    runner = Runner(workspace, commands=COMMANDS | {"train": fake_command}, poll_s=0.02, **options)  # pyright: ignore[reportArgumentType]
     made = Bench(Queue(workspace, start_runner=lambda _: None), runner)
     try:
         yield made
@@ -116,7 +117,7 @@ def start_runner(root: Path, *, idle_s: float = 30.0) -> subprocess.Popen[bytes]
     script = (
         "from pathlib import Path\nfrom tests.queues import fake_command\n"
         "from lora_diffusion.jobs.runner import Runner\nfrom lora_diffusion.workspace import Workspace\n"
-        f"Runner(Workspace(Path({str(root)!r})), fake_command, poll_s=0.02, idle_s={idle_s}).run()"
+        f"Runner(Workspace(Path({str(root)!r})), {{'train': fake_command}}, poll_s=0.02, idle_s={idle_s}).run()"
     )
     with (root / "runner.txt").open("ab") as log:
         return subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=log, stderr=log)

@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runs": {"config", "errors", "files"},
     "workspace": set(),
     "jobs": {"config", "runs", "workspace"} | FOUNDATION,
+    "captioning": {"data", "models"} | FOUNDATION,
     "serving": {"generation", "models", "adapters", "formats", "diffusion", "workspace"} | FOUNDATION,
     "adapters": {"errors", "progress"},
     "diffusion": {"errors"},
@@ -40,6 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 ON_TOP = {
     *(
         "launch",
+        "caption_run",
         "recipe",
         "recipe_adapters",
         "recipe_base",
@@ -49,7 +51,18 @@ ON_TOP = {
         "sweep_run",
         "sweep_pictures",
     ),
-    *("cli", "cli_base", "cli_files", "cli_merge", "cli_serve", "cli_sweep", "cli_queue", "cli_ui", "__main__"),
+    *(
+        "cli",
+        "cli_base",
+        "cli_captions",
+        "cli_files",
+        "cli_merge",
+        "cli_serve",
+        "cli_sweep",
+        "cli_queue",
+        "cli_ui",
+        "__main__",
+    ),
 }
 NEVER_TORCH = [
     *(
@@ -59,6 +72,7 @@ NEVER_TORCH = [
         "container",
         "ldm_names",
         "config",
+        "config_captions",
         "config_checks",
         "config_errors",
         "config_file",
@@ -67,13 +81,15 @@ NEVER_TORCH = [
         "workspace",
         "cli",
         "cli_base",
+        "cli_captions",
         "cli_queue",
         "cli_files",
         "cli_merge",
         "cli_sweep",
         "cli_ui",
     ),
-    *("jobs.queue", "jobs.runner", "jobs.follow", "jobs.device_lock"),
+    *("jobs.queue", "jobs.runner", "jobs.follow", "jobs.device_lock", "jobs.record"),
+    *("captioning.find", "captioning.folder", "captioning.proposals"),
     *("data.captions", "data.buckets", "data.images", "data.folder", "data.duplicates", "formats.metadata"),
 ]
 
@@ -170,6 +186,7 @@ WEBUI = ROOT / "webui"
 WEBUI_MAY_IMPORT = {"config", "runs", "workspace", "jobs", "files", "errors", "container"}
 WEBUI_MODULES = {
     *("data.captions", "data.buckets", "data.duplicates", "data.images", "data.listing", "data.sidecars"),
+    *("captioning.find", "captioning.proposals"),
     *("formats.families", "formats.layout", "formats.metadata"),
     *("generation.infotext", "generation.request", "generation.samplers", "generation.sheet"),
 }

@@ -33,7 +33,7 @@ def add_api(site: Site) -> None:
         }
 
     def list_runs() -> list:
-        """Every run as of the page Runs: id, name, status, position, step, steps, error."""
+        """Every run and captioning as of the page Runs: id, kind, name, status, position, step, steps, error."""
         return [_run(site, job) for job in site.queue.jobs()]
 
     def queue_run(config: str) -> dict:
@@ -48,7 +48,7 @@ def add_api(site: Site) -> None:
 
     def stop_run(id: str) -> dict:
         """End a run with everything saved, or take it out of the queue. id: as list_runs says."""
-        job = site.find_run(id)
+        job = site.find_job(id)
         try:
             if job is None:
                 raise UserError(f"There is no run {id!r}. list_runs tells which there are.")
@@ -79,6 +79,7 @@ def add_api(site: Site) -> None:
 def _run(site: Site, job: Job) -> dict[str, object]:
     return {
         "id": site.run_id(job),
+        "kind": job.kind,
         "name": job.name,
         "status": job.status,
         "position": job.position,

@@ -1,4 +1,4 @@
-"""The web server: Gradio's pages, our pictures and our two static files, behind one guard.
+"""The web server: Gradio's pages, our pictures and our static files, behind one guard.
 
 Nothing of the disk is served by path: Gradio gets no folder to serve, and pictures are drawn anew by id.
 """
@@ -34,8 +34,10 @@ TYPES = {
     "style.css": "text/css",
     "studio.css": "text/css",
     "dataset.css": "text/css",
+    "captioning.css": "text/css",
     "app.js": "text/javascript",
     "dataset.js": "text/javascript",
+    "captioning.js": "text/javascript",
     "icon.svg": "image/svg+xml",
 }
 MAX_UPLOAD_BYTES = 20_000_000
@@ -140,4 +142,6 @@ def _head() -> str:
         f'<script src="/static-ui/app.js?{version}"></script>'
         f'<link rel="stylesheet" href="/static-ui/dataset.css?{version}">'
         f'<script src="/static-ui/dataset.js?{version}"></script>'
+        f'<link rel="stylesheet" href="/static-ui/captioning.css?{version}">'
+        f'<script src="/static-ui/captioning.js?{version}"></script>'
     )

@@ -51,7 +51,7 @@ def vary_caption(caption: str, options: CaptionOptions, rng: random.Random) -> s
 
     The order of steps is sd-scripts': prefix and suffix, whole-caption dropout, shuffling, tag dropout.
     """
-    caption = _join(_join(options.prefix, caption), options.suffix)
+    caption = joined(joined(options.prefix, caption), options.suffix)
     if options.dropout > 0 and rng.random() < options.dropout:
         return ""
     if not options.shuffle and options.tag_dropout <= 0:
@@ -65,7 +65,7 @@ def vary_caption(caption: str, options: CaptionOptions, rng: random.Random) -> s
     return f"{options.separator.strip()} ".join(kept + flexible)
 
 
-def _join(left: str, right: str) -> str:
+def joined(left: str, right: str) -> str:
     """The two texts with a space between, unless one is empty or there is white space or a comma already."""
     touches = left and right and not left[-1].isspace() and not right[0].isspace() and right[0] not in ",.;:!?"
     return f"{left} {right}" if touches else left + right

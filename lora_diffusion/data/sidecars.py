@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_diffusion.data.captions import check_text, decode_text, one_line, read_caption
+from lora_diffusion.data.captions import CaptionError, check_text, decode_text, one_line, read_caption
 from lora_diffusion.data.errors import DataError
 from lora_diffusion.data.listing import CAPTION_SUFFIXES, Listing, relative_name
+from lora_diffusion.files import write_bytes_atomically
 
 MAX_CAPTION_CHARACTERS = 20_000
 """What is kept of a caption. Text encoders read some hundred tokens; tokenizing a megabyte takes seconds."""
@@ -47,7 +48,7 @@ class CaptionIndex:
         """The picture's own caption, or None when it has none or a blank one. Raises CaptionError."""
         name = relative_name(image, self._root)
         notes: list[Note] = []
-        sidecars = sorted(self._sidecars.get(_stem(name), ()), key=_suffix_rank)
+        sidecars = self._ranked(name)
         if len(sidecars) > 1:
             others = ", ".join(path.name for path in sidecars[1:])
             notes.append(Note(image, "several caption files", f"{sidecars[0].name} is used, {others} is not"))
@@ -64,6 +65,14 @@ class CaptionIndex:
             message = f"{len(caption):,} characters, of which the first {MAX_CAPTION_CHARACTERS:,} are used"
             notes.append(Note(image, "caption cut", message))
         return caption[:MAX_CAPTION_CHARACTERS], notes
+
+    def file_of(self, image: Path) -> Path:
+        """The text file that the picture's caption is read from, else the `.txt` beside it, there or not."""
+        sidecars = self._ranked(relative_name(image, self._root))
+        return sidecars[0] if sidecars else image.with_suffix(CAPTION_SUFFIXES[0])
+
+    def _ranked(self, name: str) -> list[Path]:
+        return sorted(self._sidecars.get(_stem(name), ()), key=_suffix_rank)
 
     def _note_orphans(self, listing: Listing) -> None:
         """Captions without a picture, and metadata lines that name no file. Pictures left out count as there."""
@@ -90,6 +99,20 @@ class CaptionIndex:
             if key in self._metadata:
                 self.notes.append(Note(path, "caption given twice", f"line {number} names {name} again and wins"))
             self._metadata[key] = (path, caption)
+
+
+def check_caption_file(path: Path, root: Path) -> None:
+    """Raises CaptionError unless `path` is a caption file, there or not, inside the data set's folder `root`."""
+    real = path.resolve()
+    if path.suffix.lower() not in CAPTION_SUFFIXES or not real.is_relative_to(root.resolve()):
+        raise CaptionError(f"{path.name} leads out of the data set's folder and is not written to.")
+    if real.suffix.lower() not in CAPTION_SUFFIXES or (path.exists() and not path.is_file()):
+        raise CaptionError(f"{path.name} is not a file of text and is not written to.")
+
+
+def write_caption(path: Path, text: str) -> None:
+    """Replace the caption in a text file, at once and whole. text: one line. Raises OSError."""
+    write_bytes_atomically(path, f"{text}\n".encode())
 
 
 def _read_line(line: str, where: str) -> tuple[str, str]:

@@ -19,11 +19,10 @@ from lora_diffusion.generation.library import HASH_KEY
 from lora_diffusion.generation.request import Request, adapter_name
 from lora_diffusion.generation.sheet import Sheet, draw_cells
 from lora_diffusion.models.load import load_model
+from lora_diffusion.models.precision import DTYPES, resolve_precision
 from lora_diffusion.progress import Track, silent
 
 logger = logging.getLogger(__name__)
-
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -113,12 +112,7 @@ def base_name(base: str) -> str:
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     """What "auto", "fp32", "fp16" or "bf16" is on this device. Raises UserError."""
-    if precision == "auto":
-        if device.type == "cpu":
-            return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    if precision not in _DTYPES:
-        raise UserError(f"--precision {precision}: use auto, {', '.join(_DTYPES)}.")
-    if precision == "fp16" and device.type == "cpu":
-        raise UserError("--precision fp16 overflows and is slow on a CPU. Use fp32, bf16 or auto.")
-    return _DTYPES[precision]
+    names = ("auto", *DTYPES)
+    if precision not in names:
+        raise UserError(f"--precision {precision}: use {', '.join(names)}.")
+    return resolve_precision(precision, device, f"--precision {precision}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from lora_diffusion.files import last_bytes
-from lora_diffusion.jobs.store import Entry
+from lora_diffusion.jobs.store import Entry, Kind
 from lora_diffusion.runs import Failure, RunFolder, RunFolderError, RunState, is_process
 
 JobStatus = Literal[
@@ -17,6 +17,7 @@ JobStatus = Literal[
 ]
 ACTIVE: tuple[JobStatus, ...] = ("starting", "running")
 
+_PROCESSES: dict[Kind, str] = {"train": "training", "caption": "captioning"}
 _LAST_BYTES = 16_000
 _ENDED_BY = re.compile(rb"died with <Signals\.\w+: (\d+)>")  # how Python's subprocess tells it, for accelerate
 _TRACEBACK = (" ", "Traceback", "subprocess.CalledProcessError")  # accelerate's, after what the training process said
@@ -97,11 +98,16 @@ def _untold(entry: Entry, state: RunState | None, run: RunFolder, output: Path, 
     if not was_begun and number is None and message:
         return Condition("failed", state, Failure("StartFailed", message))
     was_forced = entry.forced is not None and entry.wanted != "run"
-    return Condition("interrupted", state, _interruption(run, state if was_begun else None, number, was_forced))
+    told = _interruption(run, state if was_begun else None, number, was_forced, what=_PROCESSES[entry.kind])
+    return Condition("interrupted", state, told)
 
 
 def _interruption(
-    run: RunFolder, state: RunState | None, number: int | None = None, was_forced: bool = False
+    run: RunFolder,
+    state: RunState | None,
+    number: int | None = None,
+    was_forced: bool = False,
+    what: str = "training",
 ) -> Failure:
     when = f"at step {state.step} of {state.steps}" if state else "before it began"
     how = "ended without saying why: it was killed, or the machine stopped,"
@@ -115,7 +121,7 @@ def _interruption(
     lines = last_bytes(run.log, 2000).decode("utf-8", "replace").strip().splitlines()
     if state and lines:
         hint += f" Last line of the log: {lines[-1]}"
-    return Failure("Interrupted", f"The training process {how} {when}.", hint)
+    return Failure("Interrupted", f"The {what} process {how} {when}.", hint)
 
 
 def _printed_error(printed: bytes) -> str:

@@ -35,6 +35,19 @@ def lock_from_environment(device: str) -> Path | None:
 
 
 @contextmanager
+def shared_device(
+    type: str, index: int | None, what: str, should_stop: Callable[[], bool] = lambda: False
+) -> Iterator[None]:
+    """Hold a device of torch as `device_lock` does, if whoever started this process wants that; else nothing."""
+    path = lock_from_environment(f"cuda-{index or 0}" if type == "cuda" else type)
+    if path is None:
+        yield
+        return
+    with device_lock(path, what, should_stop):
+        yield
+
+
+@contextmanager
 def device_lock(path: Path, what: str, should_stop: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Hold the device inside the block; wait for it as long as another process does.
 

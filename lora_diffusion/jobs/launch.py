@@ -1,4 +1,4 @@
-"""Starting the two processes of the queue: the one that works through it, and the training it starts."""
+"""Starting the processes of the queue: the one that works through it, and what that one starts."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from pathlib import Path
 
 import filelock
 
-from lora_diffusion.jobs.places import runner_log
+from lora_diffusion.jobs.places import caption_folder, runner_log
 from lora_diffusion.jobs.processes import reap_when_done, start_detached
+from lora_diffusion.jobs.store import Kind
 from lora_diffusion.workspace import Workspace
 
 Command = Callable[[Path, bool], list[str]]
-"""(config file, whether to resume) → the command line that trains it."""
+"""(the job's TOML, whether to resume) → its command line."""
 
 
 def train_command(config: Path, resume: bool) -> list[str]:
@@ -32,6 +33,15 @@ def train_command(config: Path, resume: bool) -> list[str]:
         *("-m", "lora_diffusion", "train", "--config", str(config)),
         *(("--resume",) if resume else ()),
     ]
+
+
+def caption_command(config: Path, resume: bool) -> list[str]:
+    """One captioning process. It goes on with the pictures that are left whether or not it is to resume."""
+    words = ("caption-job", str(config), str(caption_folder(config)))
+    return [sys.executable, "-m", "lora_diffusion", *words]
+
+
+COMMANDS: dict[Kind, Command] = {"train": train_command, "caption": caption_command}
 
 
 def ensure_runner(workspace: Workspace) -> None:

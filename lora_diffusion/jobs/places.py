@@ -8,13 +8,18 @@ from lora_diffusion.workspace import Workspace
 
 
 def config_file(workspace: Workspace, id: int) -> Path:
-    """The TOML that the job is trained with."""
+    """The job's TOML: what it is trained with, or the order of a captioning."""
     return workspace.private / "jobs" / f"{id}.toml"
 
 
 def output_file(workspace: Workspace, id: int) -> Path:
     """What the processes of the job's last launch printed."""
     return workspace.private / "jobs" / f"{id}.log"
+
+
+def caption_folder(config: Path) -> Path:
+    """The folder of a captioning whose order is in `config`: a run folder with proposals in it."""
+    return config.with_suffix("")
 
 
 def runner_log(workspace: Workspace) -> Path:

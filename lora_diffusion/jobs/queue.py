@@ -15,11 +15,12 @@ from pathlib import Path
 import tomlkit
 
 from lora_diffusion.config import TrainConfig
+from lora_diffusion.config_captions import CaptionOrder
 from lora_diffusion.files import write_text_atomically
 from lora_diffusion.jobs.condition import ACTIVE, Condition, JobStatus, condition_of, condition_of_run
 from lora_diffusion.jobs.launch import ensure_runner
-from lora_diffusion.jobs.places import config_file, output_file
-from lora_diffusion.jobs.store import Entry, QueueError, Store, Wanted
+from lora_diffusion.jobs.places import caption_folder, config_file, output_file
+from lora_diffusion.jobs.store import Entry, Kind, QueueError, Store, Wanted
 from lora_diffusion.runs import Failure, RunFolder, RunState
 from lora_diffusion.workspace import Workspace
 
@@ -32,9 +33,11 @@ class Job:
 
     id: int
     """Negative for a run from a terminal: the same at every call, until the queue is asked to do something with it."""
+    kind: Kind
     name: str
+    """Of the run; of a captioning, its folder's."""
     run: Path
-    """Run folder."""
+    """Run folder; of a captioning, whose steps are pictures, one that is private to the queue."""
     status: JobStatus
     position: int | None
     """From 1, of those that wait."""
@@ -47,6 +50,11 @@ class Job:
     created: float
     started: float | None
     ended: float | None
+
+    @property
+    def title(self) -> str:
+        """What it is called among jobs of all kinds."""
+        return self.name if self.kind == "train" else f"captions of {self.name}"
 
 
 class Queue:
@@ -123,8 +131,31 @@ class Queue:
             self._start_runner(self.workspace)
         return self.job(id)
 
+    def add_captions(self, order: CaptionOrder, *, start: bool = True) -> Job:
+        """Put a captioning at the end of the queue. Relative paths in `order` count from the workspace's root.
+
+        start: as of `add`.
+        """
+
+        def prepare(id: int, taken: set[str]) -> str:
+            config = config_file(self.workspace, id)
+            folder = caption_folder(config)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text_atomically(config, order.to_toml())
+            return folder.relative_to(self.workspace.root).as_posix()
+
+        id = self._store.add(order.caption.folder.name, 0, prepare, kind="caption")
+        if start:
+            self._start_runner(self.workspace)
+        return self.job(id)
+
+    def captions_order(self, job: Job) -> CaptionOrder:
+        """What a captioning is to do. Raises ConfigError or QueueError where that cannot be read."""
+        return CaptionOrder.parse(self.config_of(job), str(config_file(self.workspace, job.id)))
+
     def duplicate(self, id: int) -> str:
         """TOML for a new run with the job's settings and a name that is free."""
+        self._check_training(self.job(id))
         toml = self.config(id)
         name = TrainConfig.parse(toml).run.name
         taken = {job.name for job in self.jobs()} | {job.run.name for job in self.jobs()}
@@ -161,6 +192,7 @@ class Queue:
     def replace_config(self, id: int, toml: str) -> None:
         """Other settings for a job that waits or ended; its run folder stays. Raises ConfigError."""
         job = self._adopted(id)
+        self._check_training(job)
         if job.status in ACTIVE:
             raise QueueError(f"Job {id} is training: pause it first.")
         run = self._store.entry(job.id).run
@@ -174,7 +206,7 @@ class Queue:
         """Take a job off the list. Its run folder stays, and is listed again if it is trained again."""
         job = self._adopted(id)
         if job.status in ACTIVE:
-            raise QueueError(f"Job {id} is training: stop it first.")
+            raise QueueError(f"Job {id} is at work: stop it first.")
         self._store.change(job.id, waiting=0, wanted="stop", forgotten=time.time())
 
     def _end(self, id: int, wanted: Wanted) -> None:
@@ -196,10 +228,15 @@ class Queue:
         job = self._adopted(id)
         entry = self._store.entry(job.id)
         if job.status == "finished" and entry.steps <= job.step:
+            self._check_training(job)
             raise QueueError(f"Job {id} is finished. Give it more steps to continue it, or duplicate it.")
         if job.status != "queued" and not (job.status in ACTIVE and entry.wanted == "run"):
             self._store.enqueue(job.id, first=first)
         self._start_runner(self.workspace)
+
+    def _check_training(self, job: Job) -> None:
+        if job.kind != "train":
+            raise QueueError(f"Job {job.id} is no training but a captioning. Queue another one in its place.")
 
     # Rows and folders
 
@@ -211,6 +248,7 @@ class Queue:
         is_over = condition.status not in ("queued", *ACTIVE)
         return Job(
             id=entry.id,
+            kind=entry.kind,
             name=entry.name,
             run=self.workspace.root / entry.run,
             status=condition.status,
@@ -288,6 +326,7 @@ def _foreign_id(folder: Path) -> int:
 def _foreign_job(folder: Path, condition: Condition, state: RunState | None) -> Job:
     return Job(
         id=_foreign_id(folder),
+        kind="train",
         name=folder.name,
         run=folder,
         status=condition.status,

@@ -1,4 +1,4 @@
-"""The process that works through the queue: it starts one training after the other and sees that requests are met.
+"""The process that works through the queue: it starts one job after the other and sees that requests are met.
 
 It may be killed at any time. What it starts goes on without it, and the next runner finds it again: whatever matters is
 in the database, in the run folders, and in the environment of the processes.
@@ -11,6 +11,7 @@ import logging
 import os
 import subprocess
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from lora_diffusion.errors import UserError
 from lora_diffusion.files import write_bytes_atomically
 from lora_diffusion.jobs.condition import is_launcher_alive
 from lora_diffusion.jobs.device_lock import DEVICE, VARIABLE
-from lora_diffusion.jobs.launch import Command, train_command
+from lora_diffusion.jobs.launch import COMMANDS, Command
 from lora_diffusion.jobs.places import config_file, output_file, runner_log
 from lora_diffusion.jobs.processes import (
     TOKEN,
@@ -31,7 +32,7 @@ from lora_diffusion.jobs.processes import (
     start_time,
     terminate,
 )
-from lora_diffusion.jobs.store import Entry, Store
+from lora_diffusion.jobs.store import Entry, Kind, Store
 from lora_diffusion.runs import RunFolder, RunFolderError, RunState
 from lora_diffusion.workspace import Workspace
 
@@ -53,7 +54,7 @@ class Runner:
     """
 
     workspace: Workspace
-    command: Command = train_command
+    commands: Mapping[Kind, Command] = field(default_factory=lambda: COMMANDS)
     idle_s: float = 300.0
     poll_s: float = 0.5
     grace_s: float = 120.0
@@ -147,7 +148,7 @@ class Runner:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_bytes_atomically(output, b"")
         variables = {TOKEN: self._token(entry), VARIABLE: str(self.workspace.lock(DEVICE))}
-        command = self.command(config_file(self.workspace, entry.id), resume)
+        command = self.commands[entry.kind](config_file(self.workspace, entry.id), resume)
         logger.info("job %d %s: %s", entry.id, "resumes" if resume else "starts", entry.run)
         try:
             process = start_detached(command, cwd=self.workspace.root, log=output, variables=variables)

@@ -17,11 +17,14 @@ from typing import Any, Literal
 from lora_diffusion.errors import UserError
 
 Wanted = Literal["run", "pause", "stop"]
+Kind = Literal["train", "caption"]
+"""What a job does."""
 
 _BUSY_TIMEOUT_S = 20.0
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
+    kind TEXT NOT NULL DEFAULT 'train',
     name TEXT NOT NULL,
     run TEXT NOT NULL,
     steps INTEGER NOT NULL,
@@ -43,6 +46,10 @@ CREATE TABLE IF NOT EXISTS jobs (
 """
 
 
+_NEW_COLUMNS = {"kind": "TEXT NOT NULL DEFAULT 'train'"}
+"""What databases of earlier versions lack."""
+
+
 class QueueError(UserError):
     """The queue cannot do that: no such job, or the job's state does not allow it."""
 
@@ -52,6 +59,7 @@ class Entry:
     """One row. Times are seconds since 1970; None means not yet."""
 
     id: int
+    kind: Kind
     name: str
     run: str
     """Run folder, relative to the workspace where it lies in it."""
@@ -108,7 +116,15 @@ class Store:
         with self._transaction(write=False) as db:
             return _entry(db, id)
 
-    def add(self, name: str, steps: int, prepare: Callable[[int, set[str]], str], *, waiting: bool = True) -> int:
+    def add(
+        self,
+        name: str,
+        steps: int,
+        prepare: Callable[[int, set[str]], str],
+        *,
+        kind: Kind = "train",
+        waiting: bool = True,
+    ) -> int:
         """A new entry, at the end of the queue; returns its id.
 
         prepare: given the new id and all run folders in use, makes the files of the job and returns its run folder.
@@ -116,9 +132,9 @@ class Store:
         """
         with self._transaction() as db:
             cursor = db.execute(
-                "INSERT INTO jobs (name, run, steps, waiting, place, created) "
-                "VALUES (?, '', ?, ?, (SELECT coalesce(max(place), 0) + 1 FROM jobs), ?)",
-                (name, steps, int(waiting), time.time()),
+                "INSERT INTO jobs (kind, name, run, steps, waiting, place, created) "
+                "VALUES (?, ?, '', ?, ?, (SELECT coalesce(max(place), 0) + 1 FROM jobs), ?)",
+                (kind, name, steps, int(waiting), time.time()),
             )
             id = cursor.lastrowid
             assert id is not None
@@ -180,6 +196,7 @@ class Store:
                 if db.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
                     db.execute("PRAGMA journal_mode = WAL")
                 db.execute(_SCHEMA)
+                _add_new_columns(db)
                 db.execute("BEGIN IMMEDIATE" if write else "BEGIN")
                 try:
                     yield db
@@ -192,6 +209,17 @@ class Store:
                 f"{self.path} cannot be used: {error}. If it is damaged, delete it: the order of the queue is lost, "
                 "the runs stay."
             ) from error
+
+
+def _add_new_columns(db: sqlite3.Connection) -> None:
+    def missing() -> list[str]:
+        return [name for name in _NEW_COLUMNS if name not in {row[1] for row in db.execute("PRAGMA table_info(jobs)")}]
+
+    if missing():
+        db.execute("BEGIN IMMEDIATE")
+        for name in missing():  # looked up again: another process may have been faster
+            db.execute(f"ALTER TABLE jobs ADD COLUMN {name} {_NEW_COLUMNS[name]}")
+        db.execute("COMMIT")
 
 
 def _entry(db: sqlite3.Connection, id: int) -> Entry:

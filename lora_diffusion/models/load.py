@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import re
-import shlex
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import nn
 
-from lora_diffusion.container import PICKLE_SUFFIXES, read_header
+from lora_diffusion.container import PICKLE_SUFFIXES, conversion_command, read_header
 from lora_diffusion.diffusion.schedule import Prediction
 from lora_diffusion.models.attention import AttentionKind, set_attention
 from lora_diffusion.models.base import DiffusionModel
 from lora_diffusion.models.components import PARTS, Dtypes, read_folder, read_json, read_part
 from lora_diffusion.models.errors import ModelError
 from lora_diffusion.models.families import FAMILIES, NAMES, Evidence, family_of_checkpoint, family_of_config
+from lora_diffusion.models.hub import hub_folder, is_hub_id
 from lora_diffusion.models.packed_conv import has_fast_bf16
 from lora_diffusion.models.quantise import QuantiseKind, check_quantise, quantise_linears
 from lora_diffusion.models.schedules import evidence_of_scheduler, resolve_scheduler
@@ -112,15 +110,15 @@ def find(path: Path | str) -> Path:
     if local.suffix in PICKLE_SUFFIXES:
         raise ModelError(
             f"{path}: {local.suffix} files are pickles, which can run code, and are not opened. Get the .safetensors "
-            f"version, or convert it:\n{conversion_command(local)}"
+            f"version, or convert it:\n{conversion_command(local, local.with_suffix('.safetensors'))}"
         )
     if local.is_file() or (local / "model_index.json").is_file():
         return local
     if local.exists():
         raise ModelError(f"{path}: this folder has no model_index.json, so it is not a diffusers model.")
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)) and not local.parent.exists():
+    if is_hub_id(str(path)) and not local.parent.exists():
         weights = tuple(f"{stem}{ending}" for stem in HUB_WEIGHTS for ending in (".safetensors", "-*-of-*.safetensors"))
-        return _hub_folder(str(path), HUB_FILES + weights)
+        return hub_folder(str(path), HUB_FILES + weights)
     raise ModelError(
         f"{path}: there is no such folder or file (looked in {Path.cwd()}). Give model.path a diffusers folder, "
         "a .safetensors checkpoint, or a hub id such as 'owner/name'."
@@ -134,16 +132,6 @@ def detect_family(source: Path) -> Evidence:
         unet = source / "unet" / "config.json"
         return family_of_config(pipeline_class, read_json(unet) if unet.parent.exists() else {})
     return family_of_checkpoint({name: info.shape for name, info in read_header(source).tensors.items()})
-
-
-def conversion_command(pickle: Path) -> str:
-    """A command that turns a pickled checkpoint into a .safetensors file; torch runs no code of the file in it."""
-    script = (
-        "import sys, torch; from safetensors.torch import save_file; "
-        "c = torch.load(sys.argv[1], map_location='cpu', weights_only=True); c = c.get('state_dict', c); "
-        "save_file({k: v.clone().contiguous() for k, v in c.items() if torch.is_tensor(v)}, sys.argv[2])"
-    )
-    return f'python -c "{script}" {shlex.quote(str(pickle))} {shlex.quote(str(pickle.with_suffix(".safetensors")))}'
 
 
 def _check_configs(configs: Path | None) -> None:
@@ -161,16 +149,3 @@ def _check_family(source: Path, asked: str, evidence: Evidence) -> None:
             f"{source}: model.family is {asked!r}, but this is {found}: {evidence.fact}. "
             "Set model.family = 'auto' or give another base."
         )
-
-
-def _hub_folder(repo: str, patterns: tuple[str, ...]) -> Path:
-    """The local copy of a hub repository's files, downloaded as needed; offline, only what is cached."""
-    try:
-        # A short timeout, so that an offline machine is told so at once.
-        return Path(snapshot_download(repo, allow_patterns=list(patterns), etag_timeout=3))
-    except (OSError, ValueError) as error:  # huggingface_hub's errors derive from these
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"{repo}: not a local path, and it cannot be had from the Hugging Face hub ({reason}). Check the spelling "
-            "and the connection, or download it elsewhere and give the folder's path."
-        ) from error

@@ -56,3 +56,9 @@ def memory_limit(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
     return psutil.virtual_memory().available + resident_bytes()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a process could not get the memory it asked for."""
+    # The CPU allocator has no exception class of its own.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -9,12 +9,14 @@ import sqlite3
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import psutil
 import pytest
 
 from lora_diffusion.config import TrainConfig
+from lora_diffusion.config_captions import CaptionOrder
 from lora_diffusion.config_errors import ConfigError
 from lora_diffusion.jobs.queue import Queue, QueueError
 from lora_diffusion.jobs.store import Store
@@ -232,7 +234,7 @@ def test_a_failed_run_tells_why_and_is_not_tried_again_by_itself(work: Bench) ->
 
 
 def test_a_program_that_cannot_be_started_fails_the_job(work: Bench) -> None:
-    work.runner.command = lambda config, resume: ["/no/such/program"]
+    work.runner.commands = {"train": lambda config, resume: ["/no/such/program"]}
     id = work.queue.add(toml()).id
     job = work.work_until(id, "failed")
 
@@ -246,7 +248,7 @@ def test_a_start_that_fails_without_a_message_of_ours_tells_the_line_that_says_w
     output = (
         f"Traceback (most recent call last):\n  import torch\nModuleNotFoundError: No module named 'torch'{accelerate}"
     )
-    work.runner.command = lambda config, resume: [sys.executable, "-c", f"print({output!r}); exit(1)"]
+    work.runner.commands = {"train": lambda config, resume: [sys.executable, "-c", f"print({output!r}); exit(1)"]}
     job = work.work_until(work.queue.add(toml()).id, "failed")
 
     assert job.error is not None
@@ -401,3 +403,17 @@ def test_no_child_of_the_runner_stays_a_zombie(work: Bench) -> None:
         return all(child.status() != psutil.STATUS_ZOMBIE for child in psutil.Process().children(recursive=True))
 
     wait_for(has_none, 5)
+
+
+def test_a_queue_of_an_earlier_version_is_read_with_its_runs(work: Bench, tmp_path: Path) -> None:
+    job = work.queue.add(toml(), start=False)
+    with closing(sqlite3.connect(Workspace(tmp_path).queue)) as database:
+        database.execute("ALTER TABLE jobs DROP COLUMN kind")
+
+    assert [(old.id, old.kind, old.name) for old in work.queue.jobs()] == [(job.id, "train", "ink")]
+    captioning = work.queue.add_captions(CaptionOrder.of(folder="data/shapes", captioner="models/blip"))
+    assert [(new.kind, new.position) for new in work.queue.jobs()] == [("train", 1), ("caption", 2)]
+    with pytest.raises(QueueError, match="is no training"):
+        work.queue.duplicate(captioning.id)
+    with pytest.raises(QueueError, match="is no training"):
+        work.queue.replace_config(captioning.id, toml())

@@ -18,7 +18,11 @@ from webui.components.form import Choices, render_form
 from webui.components.html import duration, html, picture_url, size, with_code
 from webui.components.monitor import render_head, render_log, render_matrix
 from webui.components.report import render_problems, render_report, render_toml
+from webui.components.runs_table import render_runs
+from webui.components.strip import render_strip
 from webui.services.form_values import default_fields
+from webui.services.machine import Machine
+from webui.services.overview import RunRow
 from webui.services.preflight import Preflight
 from webui.services.presets import presets
 from webui.services.schema import settings, summary
@@ -32,11 +36,36 @@ LINE = Line("loss", 1, [(1, 1.0), (2, 0.1), (3, 0.01)])
 
 def job(**changes: object) -> Job:
     values = {
-        "id": 1, "name": HOSTILE, "run": Path("runs/x"), "status": "failed", "position": None, "step": 3, "steps": 10,
-        "seconds_per_step": 0.5, "error": Failure("RunError", HOSTILE, HOSTILE), "created": 0.0, "started": 5.0,
-        "ended": 15.0,
+        "id": 1, "kind": "train", "name": HOSTILE, "run": Path("runs/x"), "status": "failed", "position": None,
+        "step": 3, "steps": 10, "seconds_per_step": 0.5, "error": Failure("RunError", HOSTILE, HOSTILE),
+        "created": 0.0, "started": 5.0, "ended": 15.0,
     }  # fmt: skip
     return Job(**(values | changes))  # pyright: ignore[reportArgumentType]
+
+
+def captioning_row(job: Job) -> RunRow:
+    return RunRow("captioning-1", job, HOSTILE, HOSTILE, HOSTILE, "", "", "", None, None)
+
+
+def test_a_captioning_on_the_page_of_runs_leads_to_its_data_set_and_is_stopped_there() -> None:
+    row = RunRow(
+        "captioning-1",
+        job(kind="caption", name="set", status="running", error=None),
+        "data/set",
+        "set",
+        "blip",
+        "",
+        "",
+        "",
+        None,
+        None,
+    )
+    shown = render_runs(T, [row], 20.0)
+
+    assert 'href="/dataset?set=data%2Fset">Captions of set</a>' in shown
+    assert 'data-act="stop" data-id="captioning-1"' in shown
+    assert ">captioning</span>" in shown
+    assert "data-tick" not in shown and "?copy=" not in shown
 
 
 def test_texts_from_files_are_escaped_everywhere() -> None:
@@ -67,6 +96,8 @@ def test_texts_from_files_are_escaped_everywhere() -> None:
         render_report(T, Preflight(None, HOSTILE)),
         render_chart([Line(HOSTILE, 1, [(1, 1.0)])], step_word=HOSTILE, label=HOSTILE),
         with_code(f"`{HOSTILE}`"),
+        render_runs(T, [captioning_row(job(kind="caption", status="running"))], 0.0),
+        render_strip(T, Machine("CPU", False, 1, 2), [(HOSTILE, job(kind="caption", status="running"))], 0),
     ]
     for part in shown:
         assert "<img src=x" not in part

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from lora_diffusion.jobs.condition import ACTIVE
+from lora_diffusion.jobs.launch import COMMANDS
 from lora_diffusion.jobs.queue import Queue
 from lora_diffusion.jobs.runner import Runner
 from lora_diffusion.runs import Failure, RunFolder, RunState
@@ -92,7 +93,7 @@ def _picture(hue: int) -> Image.Image:
 def queue(workspace: Workspace) -> Iterator[Queue]:
     """A queue whose runner works in a thread and starts the fake trainer."""
     queue = Queue(workspace, start_runner=lambda _: None)
-    runner = Runner(workspace, command=fake_command, poll_s=0.05)
+    runner = Runner(workspace, commands=COMMANDS | {"train": fake_command}, poll_s=0.05)
     is_over = threading.Event()
 
     def work() -> None:

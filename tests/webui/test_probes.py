@@ -245,21 +245,24 @@ def test_no_input_of_an_event_leads_out(
 def test_no_question_of_the_data_set_page_leads_out(client: TestClient, secret: Path) -> None:
     """The one function that the page calls itself: each thing that it does, each value that it takes."""
     from webui.pages.dataset import _answers
+    from webui.services.captioning import Captioning
     from webui.services.datasets import Datasets
 
     config = client.get("/config").json()
     page = next(one for one in config["components"] if one["props"].get("elem_id") == "dataset-page")
-    doings = list(_answers(Datasets(None)))  # pyright: ignore[reportArgumentType]
+    doings = list(_answers(Datasets(None), Captioning(None, None)))  # pyright: ignore[reportArgumentType]
     good = {
         **{"set": "data/shapes", "name": "0.png", "names": ["0.png"], "filter": {}, "resolution": 0, "step": 0},
         **{"before": None, "text": "x", "edit": {"kind": "prefix", "text": "x"}, "digest": "", "without": []},
-        **{"options": {"name": "copy"}, "piece": "", "offset": 0, "last": True},
+        **{"options": {"name": "copy"}, "piece": "", "offset": 0, "last": True, "back": False},
+        **{"chosen": [{"name": "0.png", "before": None, "text": "x"}]},
     }
     before, asked = fingerprint(secret), 0
     for doing in doings:
         for key in good:
             for probe in probes(secret, "secret.txt" if key == "text" else "secret.png"):
-                for value in (probe, [probe], {"name": probe, "text": probe, "check": probe}):
+                told = dict.fromkeys(("name", "text", "check", "before", "captioner", "prefix"), probe)
+                for value in (probe, [told] if key == "chosen" else [probe], told):
                     question = {**good, "do": doing, key: value}
                     body = {"data": question, "component_id": page["id"], "fn_name": "ask", "session_hash": "probe"}
                     answer = client.post("/gradio_api/component_server", json=body)

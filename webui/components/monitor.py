@@ -51,7 +51,8 @@ def render_head(
 
 
 def badge(t: Translator, job: Job) -> Markup:
-    return html('<span class="badge {status}">{text}</span>', status=job.status, text=t(f"status.{job.status}"))
+    status = "captioning" if job.kind == "caption" and job.status == "running" else job.status
+    return html('<span class="badge {status}">{text}</span>', status=job.status, text=t(f"status.{status}"))
 
 
 def speed(seconds_per_step: float) -> str:
@@ -261,6 +262,11 @@ def render_files(t: Translator, run: str, adapters: Sequence[AdapterEntry], chec
 
 def when(seconds: float | None) -> str:
     return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M") if seconds else ""
+
+
+def set_href(t: Translator, id: str) -> str:
+    """The page of a data set."""
+    return f"{t.href('/dataset')}?{urlencode({'set': id})}"
 
 
 def run_href(t: Translator, id: str) -> str:

@@ -10,7 +10,8 @@ from markupsafe import Markup
 from lora_diffusion.jobs.condition import ACTIVE
 from webui.components.chart import Line, render_chart, render_legend
 from webui.components.html import duration, html, join, picture_url
-from webui.components.monitor import badge, run_href, when
+from webui.components.job import title
+from webui.components.monitor import badge, run_href, set_href, when
 from webui.services.overview import RunRow
 from webui.translate import Translator
 
@@ -55,18 +56,19 @@ def _row(t: Translator, row: RunRow, num_waiting: int, now: float) -> Markup:
         else html('<span class="thumb"></span>')
     )
     lasted = (job.ended or now) - job.started if job.started else None
+    is_run = job.kind == "train"
     return html(
-        '<tr data-id="{id}"><td><input type="checkbox" data-tick="{id}" aria-label="{compare}"></td>'
+        '<tr data-id="{id}"><td>{tick}</td>'
         '<td><div class="who">{picture}<div><a class="name" href="{href}">{name}</a><div class="small">{created}</div>'
         '</div></div></td><td>{badge}{bar}{position}</td><td class="wide">{dataset}</td>'
-        '<td class="wide">{base}</td><td class="wide">{kind}<div class="small">{rank} · {lr}</div></td>'
+        '<td class="wide">{base}</td><td class="wide">{kind}<div class="small">{rank}</div></td>'
         '<td class="wide">{steps}</td><td class="wide">{best}</td><td class="wide">{time}</td>'
         '<td><div class="bar">{actions}</div></td></tr>',
         id=row.id,
-        compare=t("runs.compare.tick", name=job.name),
+        tick=_tick(t, row) if is_run else "",
         picture=picture,
-        href=run_href(t, row.id),
-        name=job.name,
+        href=run_href(t, row.id) if is_run else set_href(t, row.dataset_id),
+        name=title(t, job),
         created=when(job.started or job.created),
         badge=badge(t, job),
         bar=bar,
@@ -74,14 +76,21 @@ def _row(t: Translator, row: RunRow, num_waiting: int, now: float) -> Markup:
         dataset=row.dataset,
         base=row.base,
         kind=row.kind,
-        rank=t("runs.rank", n=row.rank),
-        lr=t("runs.lr", n=row.learning_rate),
+        rank=f"{t('runs.rank', n=row.rank)} · {t('runs.lr', n=row.learning_rate)}" if is_run else "",
         steps=f"{job.step:,} / {job.steps:,}" if job.steps else f"{job.step:,}",
         best=html('{value:.4f}<div class="small">{at}</div>', value=row.best[0], at=t("runs.at", step=row.best[1]))
         if row.best
         else "",
         time=duration(lasted) if lasted is not None else "",
         actions=_actions(t, row, num_waiting),
+    )
+
+
+def _tick(t: Translator, row: RunRow) -> Markup:
+    return html(
+        '<input type="checkbox" data-tick="{id}" aria-label="{compare}">',
+        id=row.id,
+        compare=t("runs.compare.tick", name=row.job.name),
     )
 
 
@@ -92,6 +101,8 @@ def _actions(t: Translator, row: RunRow, num_waiting: int) -> Markup:
     )
     if row.job.status not in (*ACTIVE, "queued"):
         moves = [("forget", "×", False)]
+    if row.job.kind == "caption" and row.job.status in ACTIVE:
+        moves = [("stop", "■", False)]
     buttons = join(
         html(
             '<button type="button" class="icon" data-act="{act}" data-id="{id}" title="{title}" '
@@ -105,6 +116,8 @@ def _actions(t: Translator, row: RunRow, num_waiting: int) -> Markup:
         )
         for act, sign, off in moves
     )
+    if row.job.kind != "train":
+        return buttons
     return html(
         '<a class="icon" href="{href}?{query}" title="{title}" aria-label="{title}">{icon}</a>{buttons}',
         href=t.href("/"),

@@ -8,6 +8,7 @@ from markupsafe import Markup
 
 from lora_diffusion.jobs.queue import Job
 from webui.components.html import duration, html, join, size
+from webui.components.job import title
 from webui.components.monitor import run_href
 from webui.services.machine import Machine
 from webui.translate import LANGUAGES, Translator
@@ -74,9 +75,9 @@ def _active(t: Translator, id: str, job: Job) -> Markup:
     return html(
         '<a class="active" href="{href}"><b class="dot {status}"></b><em>{name}</em>'
         '<i style="--share:{share:.3f}"></i><span>{percent}{eta}</span></a>',
-        href=run_href(t, id),
+        href=run_href(t, id) if job.kind == "train" else t.href("/runs"),
         status=job.status,
-        name=job.name,
+        name=title(t, job),
         share=share,
         percent=f"{share:.0%}" if job.steps else t("status.starting"),
         eta=f" · {t('strip.left', time=duration(left))}" if left is not None else "",

@@ -9,7 +9,9 @@ from urllib.parse import quote, urlencode
 from markupsafe import Markup
 
 from lora_diffusion.generation.request import format_number
+from lora_diffusion.jobs.queue import Job
 from webui.components.html import html, join, picture_url
+from webui.components.job import title
 from webui.services.drawings import Drawing
 from webui.services.gallery import Picture
 from webui.services.library import Adapter
@@ -64,15 +66,15 @@ def _chip(words: str, prompt: str) -> Markup:
     )
 
 
-def render_status(t: Translator, drawings: Sequence[Drawing], last: Drawing | None, training: str) -> Markup:
-    """What is being drawn, or why the last drawing failed. training: the run that has the device, "" for none."""
+def render_status(t: Translator, drawings: Sequence[Drawing], last: Drawing | None, training: Job | None) -> Markup:
+    """What is being drawn, or why the last drawing failed. training: the job that has the device."""
     if not drawings:
         if last is not None and last.phase == "failed":
             return html('<p class="said bad" role="alert">{text}</p>', text=last.message)
         return Markup("")
     now = drawings[0]
     progress = now.progress
-    waits_for_device = bool(progress.note) and now.phase == "in line" and training
+    waits_for_device = bool(progress.note) and now.phase == "in line"
     head = t(f"generate.phase.{now.phase.replace(' ', '_')}")
     if now.phase == "drawing" and progress.steps:
         head = t("generate.step", step=progress.step, steps=progress.steps)
@@ -85,10 +87,10 @@ def render_status(t: Translator, drawings: Sequence[Drawing], last: Drawing | No
         preview=_preview(progress.preview),
         head=head,
         count=count,
-        note="" if waits_for_device else progress.note,
+        note="" if waits_for_device and training else progress.note,
         share=now.share,
         more=html("<span>{text}</span>", text=t("generate.more", n=len(drawings) - 1)) if len(drawings) > 1 else "",
-        choices=_choices(t, training) if waits_for_device else "",
+        choices=_choices(t, training) if waits_for_device and training else "",
     )
 
 
@@ -98,8 +100,9 @@ def _preview(data: bytes) -> Markup:
     return html('<img alt="" src="data:image/jpeg;base64,{data}">', data=base64.b64encode(data).decode())
 
 
-def _choices(t: Translator, training: str) -> Markup:
-    """What can be done while a training has the device."""
+def _choices(t: Translator, training: Job) -> Markup:
+    """What can be done while a training, or a captioning, has the device."""
+    acts = ("live", "pause", "wait") if training.kind == "train" else ("pause", "wait")
     buttons = join(
         html(
             '<button type="button" class="choice" data-act="{act}"><strong>{title}</strong>'
@@ -108,11 +111,11 @@ def _choices(t: Translator, training: str) -> Markup:
             title=t(f"generate.busy.{act}"),
             about=t(f"generate.busy.{act}.about"),
         )
-        for act in ("live", "pause", "wait")
+        for act in acts
     )
     return html(
         '<div class="card busy-device"><h3>{title}</h3><div class="choices three">{buttons}</div></div>',
-        title=t("generate.busy", name=training),
+        title=t("generate.busy", name=title(t, training)),
         buttons=buttons,
     )
 

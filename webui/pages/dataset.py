@@ -16,11 +16,14 @@ import gradio as gr
 from lora_diffusion.errors import UserError
 from webui.components.html import html
 from webui.components.listen import once_loaded
+from webui.services.captioning import Captioning
 from webui.services.datasets import Datasets
 from webui.services.site import Site
 from webui.translate import Translator, words
 
 logger = logging.getLogger(__name__)
+
+START = "window.loraDiffusionDataset(element, server);"
 
 Question = dict[str, Any]
 Answer = Any
@@ -28,7 +31,8 @@ Answer = Any
 
 def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
     """Layout; all events are the browser's."""
-    answers = _answers(Datasets(site.places))
+    datasets = Datasets(site.places)
+    answers = _answers(datasets, Captioning(datasets, site.queue))
 
     def ask(question: Question) -> Answer:
         """What the page sends: {"do": …, …}. An error for people comes back as {"error": text}."""
@@ -53,12 +57,12 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
         ),
         elem_id="dataset-page",
         apply_default_css=False,
-        js_on_load=once_loaded("loraDiffusionDataset", "window.loraDiffusionDataset(element, server);"),
+        js_on_load=once_loaded("loraDiffusionCaptioning", once_loaded("loraDiffusionDataset", START)),
         server_functions=[ask],
     )
 
 
-def _answers(datasets: Datasets) -> dict[str, Callable[[Question], Answer]]:
+def _answers(datasets: Datasets, captioning: Captioning) -> dict[str, Callable[[Question], Answer]]:
     return {
         "all": lambda q: datasets.all(),
         "open": lambda q: datasets.open(str(q["set"])),
@@ -71,6 +75,13 @@ def _answers(datasets: Datasets) -> dict[str, Callable[[Question], Answer]]:
         "redo": lambda q: datasets.undo(str(q["set"]), again=True),
         "mend": lambda q: datasets.mend(str(q["set"]), str(q["name"]), q["options"]),
         "mending": lambda q: datasets.mending(str(q["set"])),
+        "captioning": lambda q: captioning.state(str(q["set"])),
+        "caption": lambda q: captioning.start(str(q["set"]), q["options"]),
+        "caption_stop": lambda q: captioning.stop(str(q["set"])),
+        "take_in": lambda q: captioning.take_in(str(q["set"])),
+        "proposals": lambda q: captioning.proposals(str(q["set"])),
+        "accept": lambda q: captioning.accept(str(q["set"]), q["chosen"]),
+        "reject": lambda q: captioning.reject(str(q["set"]), q["names"], back=bool(q["back"])),
         "make": lambda q: {"set": datasets.make_set(str(q["name"]))},
         "upload": lambda q: {
             "name": datasets.upload(

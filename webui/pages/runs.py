@@ -58,7 +58,7 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
     live(demo, draw, [table, compared], [ticked])
 
     def act(event: gr.EventData) -> str:
-        job = site.find_run(str(event._data.get("id", "")))
+        job = site.find_job(str(event._data.get("id", "")))
         if job is None:
             return ""
         try:
@@ -67,6 +67,8 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
                     site.queue.move(job.id, job.position + (1 if way == "down" else -1))
                 case "cancel":
                     site.queue.cancel(job.id)
+                case "stop":
+                    site.queue.stop(job.id)
                 case "forget":
                     site.queue.forget(job.id)
         except UserError as error:

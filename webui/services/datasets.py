@@ -68,7 +68,7 @@ class Datasets:
 
     def open(self, id: str) -> Json:
         """Read a folder anew."""
-        opened = self._opened(id, is_read=False)
+        opened = self.opened(id, is_read=False)
         with opened.lock:
             opened.pictures.read()
             opened.is_to_look = True
@@ -78,17 +78,17 @@ class Datasets:
             counter = find_counter(self.places.workspace)
             return {
                 "set": opened.id,
-                "pictures": self._rows(opened, opened.pictures.pictures),
+                "pictures": self.rows(opened, opened.pictures.pictures),
                 "by": tags_or_words(captions),
                 "tokens": {"source": counter.source if counter else "", "most": MAX_TOKENS},
                 "leftOut": opened.pictures.left_out[:500],
                 "orphans": opened.pictures.orphans[:500],
-                "levels": self._levels(opened),
+                "levels": self.levels(opened),
             }
 
     def look(self, id: str) -> Json:
         """Look at the pictures that were read last, in the background; how far that is."""
-        opened = self._opened(id)
+        opened = self.opened(id)
         look = opened.look
         if opened.is_to_look:
             with opened.lock:
@@ -98,7 +98,7 @@ class Datasets:
 
     def view(self, id: str, filter: Mapping[str, Any], resolution: int = 0, step: int = 0) -> Json:
         """What the filter lets through, the histogram of those, the counts of all checks, and every crop."""
-        opened = self._opened(id)
+        opened = self.opened(id)
         chosen = Filter(
             text=str(filter.get("text", ""))[:500],
             wanted=tuple(map(str, filter.get("wanted", ()))),
@@ -137,17 +137,17 @@ class Datasets:
 
     def save(self, id: str, name: str, before: str | None, text: str) -> Json:
         """Give one picture a caption."""
-        opened = self._opened(id)
+        opened = self.opened(id)
         with opened.lock:
             try:
                 changed = opened.pictures.edit(name, before, text)
             except SetError as error:
-                return {"error": str(error), "rows": self._rows(opened, {name} & opened.pictures.pictures.keys())}
-            return {"rows": self._rows(opened, changed), "levels": self._levels(opened)}
+                return {"error": str(error), "rows": self.rows(opened, {name} & opened.pictures.pictures.keys())}
+            return {"rows": self.rows(opened, changed), "levels": self.levels(opened)}
 
     def preview(self, id: str, names: Sequence[str], edit: Mapping[str, Any]) -> Json:
         """What an edit would do, and a digest of that for `apply`."""
-        opened = self._opened(id)
+        opened = self.opened(id)
         with opened.lock:
             changes = plan(opened.pictures.captions(names), edit_from(edit))
         return {
@@ -163,7 +163,7 @@ class Datasets:
         self, id: str, names: Sequence[str], edit: Mapping[str, Any], digest: str, without: Sequence[str] = ()
     ) -> Json:
         """Do what was previewed. without: pictures that were taken out of it."""
-        opened = self._opened(id)
+        opened = self.opened(id)
         with opened.lock:
             opened.pictures.read()
             changes = plan(opened.pictures.captions(names), edit_from(edit))
@@ -171,24 +171,24 @@ class Datasets:
                 raise SetError("The captions have changed since the preview. Look at it again.")
             kept = [change for change in changes if change.name not in set(without)]
             changed = opened.pictures.write(kept, edit_from(edit).kind) if kept else []
-            return {"rows": self._rows(opened, changed), "levels": self._levels(opened)}
+            return {"rows": self.rows(opened, changed), "levels": self.levels(opened)}
 
     def undo(self, id: str, *, again: bool = False) -> Json:
         """Take the last change back, or do it again."""
-        opened = self._opened(id)
+        opened = self.opened(id)
         with opened.lock:
             step, left = opened.pictures.redo() if again else opened.pictures.undo()
             return {
                 "what": step.what,
                 "number": len(step.changes) - len(left),
                 "left": left,
-                "rows": self._rows(opened, opened.pictures.pictures),
-                "levels": self._levels(opened),
+                "rows": self.rows(opened, opened.pictures.pictures),
+                "levels": self.levels(opened),
             }
 
     def mend(self, id: str, name: str, options: Mapping[str, Any]) -> Json:
         """Start to make a mended copy under data/."""
-        opened = self._opened(id)
+        opened = self.opened(id)
         if not opened.look.is_done:
             raise SetError("The pictures are still being looked at. Wait until that is done.")
         if opened.mending and not opened.mending["isDone"]:
@@ -207,7 +207,7 @@ class Datasets:
 
     def mending(self, id: str) -> Json | None:
         """How far the copy is."""
-        return self._opened(id).mending
+        return self.opened(id).mending
 
     def make_set(self, name: str) -> str:
         """A new folder under data/ for an upload; its id."""
@@ -231,7 +231,7 @@ class Datasets:
             raise SetError(f"There is no folder {id}. It may have been renamed.")
         return folder
 
-    def _opened(self, id: str, *, is_read: bool = True) -> OpenSet:
+    def opened(self, id: str, *, is_read: bool = True) -> OpenSet:
         folder = self._folder(id)
         id = self.places.id_of(folder)
         with self._lock:
@@ -262,7 +262,7 @@ class Datasets:
             "thumbs": [f"{id}/{name}" for name in images[:4]],
         }
 
-    def _rows(self, opened: OpenSet, names: Iterable[str]) -> list[Json]:
+    def rows(self, opened: OpenSet, names: Iterable[str]) -> list[Json]:
         counter = find_counter(self.places.workspace)
         root = opened.pictures.root
         return [
@@ -278,7 +278,7 @@ class Datasets:
             for picture in [opened.pictures.pictures[name]]
         ]
 
-    def _levels(self, opened: OpenSet) -> Json:
+    def levels(self, opened: OpenSet) -> Json:
         done, undone = opened.pictures.journal.num_levels()
         last, again = opened.pictures.journal.last_done(), opened.pictures.journal.last_undone()
         return {

@@ -22,10 +22,15 @@ Stamp = tuple[int, ...]
 
 @dataclass(frozen=True)
 class RunRow:
-    """One line of the table. best: the lowest validation loss and its step. picture: id of the newest preview."""
+    """One line of the table; of a captioning `base` is its model.
+
+    best: the lowest validation loss and its step. picture: id of the newest preview.
+    """
 
     id: str
     job: Job
+    dataset_id: str
+    """Of the data set that a captioning is for; empty for a run."""
     dataset: str
     base: str
     kind: str
@@ -55,11 +60,14 @@ class Overview:
         return [self._row(job) for job in (*waiting, *others)]
 
     def _row(self, job: Job) -> RunRow:
+        if job.kind == "caption":
+            return self._captioning(job)
         fields = self.config(job)
         best, picture = self._result(job.run)
         return RunRow(
             id=self.site.run_id(job),
             job=job,
+            dataset_id="",
             dataset=_last(fields.get("dataset.0.path", "")),
             base=_last(fields.get("model.path", "")),
             kind=fields.get("adapter.kind", ""),
@@ -68,6 +76,14 @@ class Overview:
             best=best,
             picture=picture,
         )
+
+    def _captioning(self, job: Job) -> RunRow:
+        try:
+            order = self.site.queue.captions_order(job).caption
+            id = self.site.places.id_of(self.site.workspace.root / order.folder)
+            return RunRow(self.site.run_id(job), job, id, _last(id), _last(order.captioner), "", "", "", None, None)
+        except UserError:
+            return RunRow(self.site.run_id(job), job, "", job.name, "", "", "", "", None, None)
 
     def _result(self, run: Path) -> tuple[Best, str | None]:
         stamp = _stamp(RunFolder(run))

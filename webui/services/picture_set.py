@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lora_diffusion.data.captions import CaptionError, one_line, read_caption
 from lora_diffusion.data.listing import CAPTION_SUFFIXES, is_image_name, list_folder, relative_name
-from lora_diffusion.data.sidecars import MAX_CAPTION_CHARACTERS, CaptionIndex
+from lora_diffusion.data.sidecars import MAX_CAPTION_CHARACTERS, CaptionIndex, check_caption_file
 from lora_diffusion.errors import UserError
 from lora_diffusion.files import write_bytes_atomically
 from webui.services.caption_text import Change, style_of
@@ -104,12 +104,36 @@ class PictureSet:
             if len(change.after) > MAX_CAPTION_CHARACTERS or "\0" in change.after:
                 raise SetError(f"{change.name}: a caption has at most {MAX_CAPTION_CHARACTERS:,} characters.")
             path = self._caption_file(self.picture(change.name).path)
-            after = f"{change.after}\n".encode()
-            files[path] = FileChange(path.relative_to(self.root).as_posix(), _content(path), after)
+            files[path] = FileChange(path.relative_to(self.root).as_posix(), _content(path), _file_of(change.after))
         self.journal.add(what, files.values(), merges=merges)
         for path, change in files.items():
             write_bytes_atomically(path, change.after or b"")
         return self._refresh(self._sharing(files))
+
+    def write_unless_changed(self, changes: Sequence[Change], what: str) -> tuple[list[str], list[str]]:
+        """Write captions whose `before` still holds; (names of all pictures that it concerns, pictures left alone)."""
+        self._refresh([change.name for change in changes])
+        pictures = {change.name: self.picture(change.name) for change in changes}
+        kept = [
+            change
+            for change in changes
+            if not pictures[change.name].problem and (pictures[change.name].caption or "") == (change.before or "")
+        ]
+        kept = [Change(change.name, change.before, one_line(change.after)) for change in kept]
+        left = sorted(pictures.keys() - {change.name for change in kept})
+        return self.write(kept, what) if kept else [], left
+
+    def note_written(self, changes: Sequence[Change], what: str) -> int:
+        """Write down captions that another process wrote, so that they can be undone; how many are still there."""
+        files = [(self._caption_file(self.pictures[c.name].path), c) for c in changes if c.name in self.pictures]
+        written = [
+            FileChange(path.relative_to(self.root).as_posix(), _file_of(change.before), _file_of(change.after))
+            for path, change in files
+            if _content(path) == _file_of(change.after)
+        ]
+        if written:
+            self.journal.add(what, written)
+        return len(written)
 
     def undo(self) -> tuple[Step, list[str]]:
         """Take the last change back; (what it was, files that were changed elsewhere and left alone)."""
@@ -149,11 +173,10 @@ class PictureSet:
 
     def _check(self, path: Path) -> None:
         """Raises SetError unless `path` is a caption file, there or not, inside the folder."""
-        real_root = self.root.resolve()
-        if path.suffix.lower() not in CAPTION_SUFFIXES or not path.resolve().is_relative_to(real_root):
-            raise SetError(f"{path.name} leads out of the data set's folder and is not written to.")
-        if path.resolve().suffix.lower() not in CAPTION_SUFFIXES or (path.exists() and not path.is_file()):
-            raise SetError(f"{path.name} is not a file of text and is not written to.")
+        try:
+            check_caption_file(path, self.root)
+        except CaptionError as error:
+            raise SetError(str(error)) from None
 
     def _sharing(self, files: Iterable[Path]) -> list[str]:
         stems = {_stem(path, self.root) for path in files}
@@ -197,6 +220,11 @@ def _shown(path: Path, root: Path) -> str:
 def _without(message: str, root: Path) -> str:
     """`message` with paths that start at the data set's folder."""
     return message.replace(f"{root}/", "")
+
+
+def _file_of(caption: str | None) -> bytes | None:
+    """What a caption file holds. None: there is none."""
+    return None if caption is None else f"{caption}\n".encode()
 
 
 def _content(path: Path) -> bytes | None:

@@ -29,8 +29,8 @@ class Site:
         return self.places.workspace
 
     def run_id(self, job: Job) -> str:
-        """What names a run in addresses: its folder, which stays the same whoever starts it."""
-        return self.places.id_of(job.run)
+        """What names a run in addresses: its folder, which stays the same whoever starts it. Captionings have none."""
+        return self.places.id_of(job.run) if job.kind == "train" else f"captioning-{job.id}"
 
     def find_run(self, id: str) -> Job | None:
         """The job of a run folder; None if the queue knows none or the id leads out of the workspace."""
@@ -38,7 +38,11 @@ class Site:
             path = self.places.resolve(id)
         except UserError:
             return None
-        return next((job for job in self.queue.jobs() if job.run.resolve() == path), None)
+        return next((job for job in self.queue.jobs() if job.kind == "train" and job.run.resolve() == path), None)
+
+    def find_job(self, id: str) -> Job | None:
+        """Like `find_run`, also for a captioning, by what `run_id` says."""
+        return next((job for job in self.queue.jobs() if self.run_id(job) == id), None) or self.find_run(id)
 
 
 def make_site(root: Path, also: tuple[Path, ...] = (), queue: Queue | None = None) -> Site:

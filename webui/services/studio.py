@@ -35,7 +35,7 @@ class Studio:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def training(self) -> Job | None:
-        """The run that has the device now."""
+        """The job that has the device now."""
         return next((job for job in self.queue.jobs() if job.status in ACTIVE), None)
 
     def pause_training(self) -> Job | None:
@@ -58,10 +58,11 @@ class Studio:
     def sample_live(self, request: Request) -> Job | None:
         """Ask the run that trains now for a picture from its weights of this moment."""
         job = self.training()
-        if job is not None:
-            prompt, _ = take_out_tags(request.prompt)
-            content = {"prompts": [prompt], "seed": request.seed, "steps": request.steps, "cfg": request.cfg}
-            RunFolder(job.run).ask("sample_now", content)
+        if job is None or job.kind != "train":
+            return None
+        prompt, _ = take_out_tags(request.prompt)
+        content = {"prompts": [prompt], "seed": request.seed, "steps": request.steps, "cfg": request.cfg}
+        RunFolder(job.run).ask("sample_now", content)
         return job
 
     def settle(self, parameters: Parameters) -> tuple[Request, list[str]]:

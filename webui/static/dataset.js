@@ -46,7 +46,7 @@ window.loraDiffusionDataset = (element, server) => {
   const set = { id: "", pictures: [], shown: [], selected: new Set(), cursor: -1, anchor: -1, tokens: {}, sizes: {}, crops: {}, reasons: {}, unreadable: new Set(), levels: {}, look: {} };
   const filter = { text: "", wanted: [], unwanted: [], check: "", by: "" };
   const crop = { resolution: 0, step: 0, isDrawn: false };
-  let cells = [], ui = {}, generation = 0;
+  let cells = [], ui = {}, generation = 0, captioning = null;
 
   function writeAddress() {
     const query = new URLSearchParams();
@@ -208,6 +208,8 @@ window.loraDiffusionDataset = (element, server) => {
       undo: button(t("undo"), () => turn("undo"), { id: "dataset-undo" }), redo: button(t("redo"), () => turn("redo"), { id: "dataset-redo" }),
       search: h("input", { type: "search", id: "dataset-search", value: filter.text, placeholder: t("search"), "aria-label": t("search"), autocomplete: "off", spellcheck: false }),
     };
+    const mine = generation;
+    captioning = window.loraDiffusionCaptioning({ h, t, ask, button, fill, pictureUrl, pause, dialog, say, isOpen: () => mine === generation && root.isConnected, changed: captionsChanged });
     let delay = 0;
     ui.search.addEventListener("input", () => { clearTimeout(delay); delay = setTimeout(() => { filter.text = ui.search.value; refreshView(); }, 200); });
     ui.grid.addEventListener("click", clickCell);
@@ -217,7 +219,7 @@ window.loraDiffusionDataset = (element, server) => {
           h("a", { className: "go", id: "dataset-train", href: `${root.dataset.train}?dataset=${encodeURIComponent(set.id)}` }, t("train")),
           ui.undo, ui.redo, button(t("bulk"), openBulk, { className: "quiet strong", id: "dataset-bulk" }),
           button(t("other"), async () => { await flush(); Object.assign(filter, { text: "", wanted: [], unwanted: [], check: "", by: "" }); showChooser(); }, { id: "dataset-other" }))),
-      ui.said,
+      ui.said, captioning.section,
       h("div", { className: "workbench" },
         h("details", { className: "card side", open: matchMedia("(min-width: 1001px)").matches }, h("summary", {}, t("filters")), ui.checks, ui.terms, ui.buckets),
         h("div", { className: "middle" },
@@ -474,6 +476,16 @@ window.loraDiffusionDataset = (element, server) => {
     if (cells[number]) dress(cells[number]);
   }
 
+  async function captionsChanged(answer) {  // by somebody else than the editor
+    await flush();
+    const before = set.pictures[set.cursor]?.caption;
+    for (const row of answer.rows) takeRow(row);
+    set.levels = answer.levels;
+    drawLevels();
+    if (set.pictures[set.cursor]?.caption !== before) drawEditor();
+    if (answer.rows.length) refreshTerms();
+  }
+
   // ---- Undo ----
 
   function drawLevels() {
@@ -494,6 +506,7 @@ window.loraDiffusionDataset = (element, server) => {
     drawEditor();
     const left = answer.left.length ? ` ${t("left", { names: answer.left.slice(0, 5).join(", ") })}` : "";
     say(t(way === "undo" ? "undone" : "redone", { what: t(`what.${answer.what}`), n: answer.number }) + left, Boolean(left));
+    captioning.refresh();
     refreshView();
   }
 

@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from lora_diffusion.errors import UserError
 from webui.components.html import said
+from webui.components.job import title
 from webui.components.live import live
 from webui.components.studio import render_gallery, render_grid, render_status
 from webui.pages.events import QUICK
@@ -43,7 +44,7 @@ class Shown:
         sheet = studio.desk.latest("sheet")
         drawings = studio.desk.drawings()
         return [
-            render_status(self.t, unfinished, drawings[0] if drawings else None, training.name if training else ""),
+            render_status(self.t, unfinished, drawings[0] if drawings else None, training),
             render_gallery(self.t, studio.gallery.newest()),
             render_grid(
                 self.t,
@@ -70,11 +71,10 @@ class Shown:
         try:
             if act == "pause":
                 job = studio.pause_training()
-            elif act == "live":
-                job = studio.sample_live(unfinished[0].requests[0])
+            elif act == "live" and (job := studio.sample_live(unfinished[0].requests[0])):
                 studio.desk.cancel(unfinished[0].id)
             else:
                 act, job = "wait", studio.training()
         except UserError as error:
             return said(str(error), bad=True)
-        return said(self.t(f"generate.busy.{act}.done", name=job.name)) if job else ""
+        return said(self.t(f"generate.busy.{act}.done", name=title(self.t, job))) if job else ""

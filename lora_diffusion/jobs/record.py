@@ -1,0 +1,56 @@
+"""What a job's process leaves in its run folder whatever happens to it: its log, and why it ended. No torch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lora_diffusion.errors import RunError, UserError
+from lora_diffusion.runs import Failure, RunFolder
+
+logger = logging.getLogger(__name__)
+
+FAULT_HINT = "This is a fault of the program or the machine, not of the config. Run again with --debug."
+
+
+@contextmanager
+def log_file(path: Path, hears: Callable[[logging.LogRecord], bool] = lambda _: True) -> Iterator[None]:
+    """Also write to `path` what is logged inside the block, and the error that ends it."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
+    handler.addFilter(hears)
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        yield
+    except BaseException as error:  # the terminal shows it later, when it has left all blocks
+        message = f"{type(error).__name__}: {error}"
+        handler.handle(logger.makeRecord(logger.name, logging.ERROR, __file__, 0, message, (), None))
+        raise
+    finally:
+        root.removeHandler(handler)
+        handler.close()
+
+
+@contextmanager
+def recorded_end(
+    run: RunFolder, told: Callable[[BaseException], BaseException], *, resume: bool = False
+) -> Iterator[None]:
+    """Whatever ends the block early is written to state.json before it goes on its way.
+
+    told: the error in words for people, which goes on its way in its place. An input error before a resume changes
+    nothing.
+    """
+    before = run.read_state()
+    try:
+        yield
+    except BaseException as error:
+        shown = told(error)
+        hint = "" if isinstance(shown, UserError | RunError) else FAULT_HINT
+        if not (resume and isinstance(shown, UserError) and run.read_state() == before):
+            run.end("failed", Failure(type(shown).__name__, str(shown) or type(shown).__name__, hint))
+        if shown is not error:
+            raise shown from error
+        raise
