@@ -23,9 +23,10 @@ pytestmark = pytest.mark.gpu
 
 Graphs = Callable[[], list[int]]
 
-# Of what was learned. The norm's squares are added in another order, layers with one input are computed together in half
-# precision, and kernels of a GPU add in an order of their own; bfloat16 turns a last bit into 0.4 %, and AdamW that of
-# a small gradient into a part of the learning rate. The last of these steps alone, at the end of a cosine, is 4e-3.
+# Of what was learned. The norm's squares are added in another order, layers with one input are computed together in
+# half precision, and kernels of a GPU add in an order of their own; bfloat16 turns a last bit into 0.4 %, and AdamW
+# that of a small gradient into a part of the learning rate. The last step of these runs, at the end of a cosine, is
+# 4e-3.
 TOLERANCES = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 5e-2}
 
 
