@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from typer.testing import CliRunner
 
 from lora_diffusion.cli import app
 from lora_diffusion.errors import RunError
+from lora_diffusion.training.quiet_step import QuietStep
 from lora_diffusion.training.tracking import read_metrics
 from tests.shipped import write_ink_config
 from tests.training_runs import distance, draw_pictures, prepare, prepare_quiet, write_config
@@ -23,11 +25,11 @@ pytestmark = pytest.mark.gpu
 
 Graphs = Callable[[], list[int]]
 
-# Of what was learned. The norm's squares are added in another order, layers with one input are computed together in
-# half precision, and kernels of a GPU add in an order of their own; bfloat16 turns a last bit into 0.4 %, and AdamW
-# that of a small gradient into a part of the learning rate. The last step of these runs, at the end of a cosine, is
-# 4e-3.
-TOLERANCES = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 5e-2}
+# Of what was learned. Kernels of a GPU add in an order of their own: the same 8 steps in float32 twice, one operation
+# at a time, were 8e-4 apart on an H200. In half precision layers with one input are computed together besides, a last
+# bit is 0.4 %, and AdamW turns that of a small gradient into a part of the learning rate. The last step of these runs,
+# at the end of a cosine, is 4e-3.
+TOLERANCES = {"fp32": 3e-3, "bf16": 5e-2, "fp16": 5e-2}
 
 
 @pytest.mark.parametrize("precision", TOLERANCES)
@@ -100,7 +102,7 @@ def test_a_loss_that_is_not_finite_in_a_graph_is_told_with_its_step_and_changes_
     tiny_sd1: Path,
     tmp_path: Path,
     graphs: Graphs,
-    record_property: Callable[[str, Any], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     data = {"buckets": False}
     run = {"steps": 12, "device": device.type, "precision": "fp32"}
@@ -117,23 +119,28 @@ def test_a_loss_that_is_not_finite_in_a_graph_is_told_with_its_step_and_changes_
         return (mean * float("nan"), std) if num_reads == 2 * 8 + 1 else (mean, std)
 
     trainer.source.latents.get = get_poisoned
+    call, after_8, num_calls = QuietStep.__call__, list[Tensor](), 0
+
+    def watched(step: QuietStep, *arguments: Any) -> Tensor:
+        nonlocal num_calls
+        values = call(step, *arguments)
+        num_calls += 1
+        if num_calls == 8:
+            after_8.extend(parameter.detach().clone() for parameter in trainer.parameters)
+        return values
+
+    monkeypatch.setattr(QuietStep, "__call__", watched)
     with pytest.raises(RunError, match=rf"loss became nan at step 9 .*{name}"):
         trainer.fit()
 
     assert [line["step"] for line in read_metrics(trainer.run.metrics)] == list(range(1, 9))
-    config = write_config(
-        tmp_path / "good.toml", tiny_sd1, pictures, run=run | {"output": str(tmp_path / "good")}, dataset=data
-    )
-    good = prepare_quiet(config)
-    good.plan = replace(good.plan, steps=8)
-    good.fit()
+    assert num_calls >= 9  # on a GPU some are launched before the failure is known
+    assert all(torch.equal(now, then) for now, then in zip(trainer.parameters, after_8, strict=True))
     saved = prepare(tmp_path / "run.toml", resume=True)
     assert saved.step == 8
-    tensors, expected = saved.exporter.tensors(), good.exporter.tensors()
-    record_property("distance", distance(tensors, expected))
-    assert distance(tensors, expected) < TOLERANCES["fp32"]
+    assert all(torch.equal(now, then) for now, then in zip(saved.parameters, after_8, strict=True))
     if device.type == "cuda":
-        assert graphs() == [1, 1]
+        assert graphs() == [1]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
