@@ -15,7 +15,7 @@ from lora_diffusion.data.batches import BatchList
 from lora_diffusion.data.buckets import Bucket, Size, make_buckets
 from lora_diffusion.data.cache import LatentCache, TextCache
 from lora_diffusion.data.captions import CaptionOptions, vary_caption
-from lora_diffusion.data.folder import Sample, Scan, scan_folder
+from lora_diffusion.data.folder import Sample, Scan, picture_facts, scan_folder
 from lora_diffusion.errors import UserError
 from lora_diffusion.models.base import DiffusionModel
 from lora_diffusion.progress import Track
@@ -41,6 +41,7 @@ class TrainingSet:
 
 def read_training_set(config: TrainConfig, model: DiffusionModel, num_processes: int, track: Track) -> TrainingSet:
     """Scan every data set table, hold out validation pictures, list the batches."""
+    memory = Path(config.cache.folder) / "pictures" if config.cache.enabled else None
     scans = tuple(
         scan_folder(
             Path(table.path),
@@ -48,6 +49,7 @@ def read_training_set(config: TrainConfig, model: DiffusionModel, num_processes:
             repeats=table.repeats,
             default_caption=table.default_caption,
             source=index,
+            facts=picture_facts(memory, Path(table.path)),
             track=track,
         )
         for index, table in enumerate(config.dataset)
