@@ -327,11 +327,11 @@ class TensorStore:
             yield lambda key: False
             return
         facts = FileFacts(self._folder / "whole.json", str(LAYOUT_VERSION))
-        folder = self._folder
+        folder = os.fspath(self._folder)
 
         def is_whole(key: str) -> bool:
             try:
-                stamp = stamp_of(self._path(folder, key))
+                stamp = stamp_of(f"{folder}/{key[:2]}/{key}.safetensors")
             except OSError:
                 return False
             if facts.get(key, stamp):

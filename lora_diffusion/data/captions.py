@@ -77,9 +77,12 @@ def read_caption(path: Path) -> str:
     UTF-8 with or without a byte order mark, or UTF-16 with one. Raises CaptionError, naming the first bad byte, for
     anything else: a guessed encoding would train wrong words.
     """
-    if (size := path.stat().st_size) > MAX_CAPTION_BYTES:
+    with path.open("rb") as file:
+        data = file.read(MAX_CAPTION_BYTES + 1)
+    if len(data) > MAX_CAPTION_BYTES:
+        size = path.stat().st_size
         raise CaptionError(f"{path}: {size:,} bytes are too many for a caption (limit {MAX_CAPTION_BYTES:,}).")
-    return one_line(decode_text(path.read_bytes(), str(path)))
+    return one_line(decode_text(data, str(path)))
 
 
 def one_line(text: str) -> str:

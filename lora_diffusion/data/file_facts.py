@@ -45,9 +45,12 @@ class FileFacts:
     On disk it is one file; damaged, of another version or missing, it is empty, and everything is read again.
     """
 
-    def __init__(self, path: Path | None, version: str) -> None:
-        """path: None keeps nothing on disk. version: changes with whatever else the facts depend on."""
+    def __init__(self, path: Path | None, version: str, *, is_kept: bool = True) -> None:
+        """path: None keeps nothing on disk. version: changes with whatever else the facts depend on.
+        is_kept: whether `save` writes.
+        """
         self._path = path
+        self._is_kept = is_kept
         self._version = version
         self._entries = _load(path, version) if path is not None else {}
         self._fresh: dict[str, list[Any]] = {}
@@ -64,7 +67,8 @@ class FileFacts:
 
     def save(self, *, only: Set[str] | None = None) -> None:
         """Write what is new to disk, beside what others have written since. only: names to keep, else all."""
-        if self._path is None or not (self._fresh or (only is not None and self._entries.keys() - only)):
+        has_news = bool(self._fresh) or (only is not None and not self._entries.keys() <= only)
+        if self._path is None or not self._is_kept or not has_news:
             return
         entries = _load(self._path, self._version) | self._fresh
         if only is not None:
