@@ -6,7 +6,8 @@ Trains the base in samples/base on small pictures (64 px; each has a caption of 
 its own, first without a cache, then again with it. Photographs cost more to read than these: how many are read per
 second is measured apart, on JPEGs and PNGs of 512 to 1024 px with the noise and gradients of photographs.
 
-Seconds are CPU seconds of all threads, which say the same on a busy machine, and wall clock beside them.
+Charts and tables show CPU seconds of all threads, which depend less than wall clock on what else the machine does; the
+JSON file has both.
 """
 
 from __future__ import annotations

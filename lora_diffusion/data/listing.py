@@ -18,6 +18,7 @@ CAPTION_SUFFIXES = (".txt", ".caption")
 METADATA_NAME = "metadata.jsonl"
 
 _UNREAD_SUFFIXES = frozenset({".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", ".ico", ".tga", ".raw", ".dng", ".cr2"})
+_PICTURE_SUFFIXES = IMAGE_SUFFIXES | _UNREAD_SUFFIXES
 _IGNORED_NAMES = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
 _IGNORED_SUFFIXES = (".tmp", ".part", ".crdownload", "~")
 
@@ -83,7 +84,7 @@ def _prefix_length(root: Path) -> int:
 
 def is_image_name(path: Path) -> bool:
     """Whether the file's name promises a picture, readable or not."""
-    return _suffix(path.name) in IMAGE_SUFFIXES | _UNREAD_SUFFIXES
+    return _suffix(path.name) in _PICTURE_SUFFIXES
 
 
 def _walk(folder: Path, real_root: Path) -> Iterator[tuple[Path, str | None]]:
