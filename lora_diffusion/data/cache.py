@@ -142,7 +142,11 @@ class LatentCache:
     def _build(
         self, wanted: Mapping[Sample, Sequence[bool]], batch_size: int, track: Track
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Encode, store and remember; returns the last batch's entries by key."""
+        """Encode and store; what cannot be stored is remembered. Returns the last batch's entries by key.
+
+        Small entries kept here would lie between the large pieces that encoding takes and gives back, and so keep the
+        system from getting those back: 60 kB of memory for each entry of 8 kB.
+        """
         last: dict[str, tuple[Tensor, Tensor]] = {}
         for batch, pixels in self._pixel_batches(wanted, batch_size, track):
             last = {}
@@ -152,8 +156,8 @@ class LatentCache:
                     chosen = pixels[rows].flip(-1) if flipped else pixels[rows]
                     last |= self._encode_batch([batch[row] for row in rows], chosen, flipped)
             for key, (mean, std) in last.items():
-                is_stored = self._store.save(key, {"mean": mean, "std": std})
-                self._remember(key, (mean, std), must=not is_stored)
+                if not self._store.save(key, {"mean": mean, "std": std}):
+                    self._memory[key] = (mean, std)
         return last
 
     def _encode_batch(
@@ -197,9 +201,9 @@ class LatentCache:
             raise DataError(f"{printable(str(sample.image))}: {error}. Mend or remove it and start again.") from None
         return to_pixels(image, sample.fit, sample.bucket)
 
-    def _remember(self, key: str, entry: tuple[Tensor, Tensor], must: bool = False) -> None:
+    def _remember(self, key: str, entry: tuple[Tensor, Tensor]) -> None:
         size = sum(tensor.nbytes for tensor in entry)
-        if must or size <= self._free_bytes:
+        if size <= self._free_bytes:
             self._memory[key] = entry
             self._free_bytes -= size
 
@@ -244,7 +248,8 @@ class TextCache:
             for batch in track(batches, "Encoding captions"):
                 for caption, entry in zip(batch, self._encode_batch(batch), strict=True):
                     key = self.key(caption)
-                    (self._read if self._store.save(key, entry) else self._encoded).put(key, entry)
+                    if not self._store.save(key, entry):
+                        self._encoded.put(key, entry)
         return CacheReport(hits, len(missing) - rebuilt, rebuilt)
 
     def get(self, caption: str) -> TextEntry:

@@ -232,6 +232,8 @@ def test_latents_in_memory_do_not_grow_with_the_data_set(pictures: Path, tmp_pat
 
     cache = LatentCache(tmp_path / "cache", "vae", encode_large)
     cache.fill(samples, flips=False, batch_size=1)
+    for sample in samples:
+        cache.get(sample)
     for path in (tmp_path / "cache").rglob("*.safetensors"):
         path.unlink()
     built = cache.fill(samples, flips=False, batch_size=1).built
