@@ -288,3 +288,22 @@ def test_batches_around_the_turn_of_an_epoch_are_not_planned_again_and_again() -
         tracemalloc.stop()
     assert again == first * 20
     assert peak < count, "planning an epoch of 20,000 pictures takes many bytes for each"
+
+
+@pytest.mark.slow
+@pytest.mark.timed
+@pytest.mark.usefixtures("settled")
+def test_ten_thousand_cached_pictures_are_ready_in_five_seconds(tmp_path: Path) -> None:
+    """Seconds of CPU time for the folder, the latents, the texts and the first batch; half a minute to prepare them."""
+    folder = draw(tmp_path / "set", 10_000)
+    seconds: list[float] = []
+    for _ in range(2):
+        started = time.process_time()
+        samples = scan(folder, tmp_path / "memory").samples
+        latents = LatentCache(tmp_path / "cache", "vae", encode).fill(samples, flips=False, batch_size=64)
+        captions = [sample.caption for sample in samples]
+        texts = TextCache(tmp_path / "cache", "clip", encode_texts).fill(captions, batch_size=64)
+        _batch_list(samples).batch(0)
+        seconds.append(time.process_time() - started)
+    assert (latents, texts) == (CacheReport(10_000, 0, 0), CacheReport(10_000, 0, 0))
+    assert seconds[1] < 5
