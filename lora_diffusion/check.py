@@ -76,7 +76,7 @@ def check_run(config: TrainConfig, track: Track = silent) -> CheckReport:
     dtype = resolve_precision(config.run.precision, device)
     with PeakMemory(device) as loading:
         model = load_base(config, dtype, device)
-    data = read_training_set(config, model, 1, track)
+    data = read_training_set(config, model, 1, track, writes=False)
     tokens = token_counts(config, model, data)
     data_report = build_report(data.scans, tokens, config.model.max_tokens)
     steps = run_steps(config, data)

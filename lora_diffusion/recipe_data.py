@@ -15,13 +15,15 @@ from lora_diffusion.data.batches import BatchList
 from lora_diffusion.data.buckets import Bucket, Size, make_buckets
 from lora_diffusion.data.cache import LatentCache, TextCache
 from lora_diffusion.data.captions import CaptionOptions, vary_caption
-from lora_diffusion.data.folder import Sample, Scan, scan_folder
+from lora_diffusion.data.folder import Sample, Scan, picture_facts, scan_folder
 from lora_diffusion.errors import UserError
 from lora_diffusion.models.base import DiffusionModel
 from lora_diffusion.progress import Track
 from lora_diffusion.training.validation import split_validation
 
 logger = logging.getLogger(__name__)
+
+_UNUSED = random.Random(0)  # where nothing is left to chance, nothing is drawn
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,14 @@ class TrainingSet:
         return {sample.id: sample.caption for sample in self.training}
 
 
-def read_training_set(config: TrainConfig, model: DiffusionModel, num_processes: int, track: Track) -> TrainingSet:
-    """Scan every data set table, hold out validation pictures, list the batches."""
+def read_training_set(
+    config: TrainConfig, model: DiffusionModel, num_processes: int, track: Track, *, writes: bool = True
+) -> TrainingSet:
+    """Scan every data set table, hold out validation pictures, list the batches.
+
+    writes: whether to remember in the cache folder which pictures have been read.
+    """
+    memory = Path(config.cache.folder) / "pictures" if config.cache.enabled else None
     scans = tuple(
         scan_folder(
             Path(table.path),
@@ -48,6 +56,7 @@ def read_training_set(config: TrainConfig, model: DiffusionModel, num_processes:
             repeats=table.repeats,
             default_caption=table.default_caption,
             source=index,
+            facts=picture_facts(memory, Path(table.path), is_kept=writes),
             track=track,
         )
         for index, table in enumerate(config.dataset)
@@ -150,7 +159,7 @@ def _first_captions(config: TrainConfig, data: TrainingSet) -> list[str]:
 
 def _plain_caption(caption: str, options: CaptionOptions) -> str:
     """The caption as training reads it when nothing is left to chance."""
-    return vary_caption(caption, options.without_chance(), random.Random(0))
+    return vary_caption(caption, options.without_chance(), _UNUSED)
 
 
 def caption_options(table: DatasetConfig) -> CaptionOptions:
@@ -169,7 +178,8 @@ def token_counts(config: TrainConfig, model: DiffusionModel, data: TrainingSet) 
     counts: dict[str, int] = {}
     for table, scan in zip(config.dataset, data.scans, strict=True):
         options = caption_options(table)
-        for caption in {sample.caption for sample in scan.samples}:
-            tokens = model.count_tokens(_plain_caption(caption, options))
+        captions = sorted({sample.caption for sample in scan.samples})
+        lengths = model.token_counts([_plain_caption(caption, options) for caption in captions])
+        for caption, tokens in zip(captions, lengths, strict=True):
             counts[caption] = max(tokens, counts.get(caption, 0))
     return counts

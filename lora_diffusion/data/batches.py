@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from lora_diffusion.data.buckets import Bucket
 from lora_diffusion.data.errors import DataError
 from lora_diffusion.streams import stream
 
+_NUM_PLANS = 2  # an optimiser step may begin in one epoch and end in the next
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Draw:
     """One use of a picture in training.
 
@@ -44,20 +47,18 @@ class BatchList:
             raise DataError("There is no image to train on.")
         self.batch_size = batch_size
         self.seed = seed
-        self._members: dict[Bucket, list[tuple[int, int]]] = {}  # bucket -> (sample, repeat)
-        order = sorted(zip(ids, buckets, repeats, range(len(ids)), strict=True))
-        for _, bucket, count, sample in order:
-            self._members.setdefault(bucket, []).extend((sample, repeat) for repeat in range(count))
+        members: dict[Bucket, list[tuple[int, int]]] = {}  # bucket -> (sample, repeat)
+        for _, bucket, count, sample in sorted(zip(ids, buckets, repeats, range(len(ids)), strict=True)):
+            members.setdefault(bucket, []).extend((sample, repeat) for repeat in range(count))
+        self._members = {bucket: torch.tensor(members[bucket]) for bucket in sorted(members) if members[bucket]}
         self.num_draws_per_epoch = sum(map(len, self._members.values()))
-        self.batches_per_epoch = sum(-(-len(members) // batch_size) for members in self._members.values())
-        self._epoch: tuple[int, list[tuple[Draw, ...]]] | None = None
+        self.batches_per_epoch = sum(-(-len(draws) // batch_size) for draws in self._members.values())
+        self._plans: dict[int, _Plan] = {}
 
     def batch(self, index: int) -> tuple[Draw, ...]:
         """Batch `index` of the run, counted from 0 over all epochs: 1 to `batch_size` draws."""
         epoch, position = divmod(index, self.batches_per_epoch)
-        if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = (epoch, self._plan(epoch))
-        return self._epoch[1][position]
+        return tuple(Draw(sample, epoch, repeat) for sample, repeat in self._plan(epoch).batch(position))
 
     def share(self, index: int, rank: int, world: int) -> tuple[Draw, ...]:
         """The part of batch `index` that process `rank` of `world` computes.
@@ -70,13 +71,35 @@ class BatchList:
         share = batch[rank * count : (rank + 1) * count]
         return share + (replace(batch[0], weight=0.0),) * (count - len(share))
 
-    def _plan(self, epoch: int) -> list[tuple[Draw, ...]]:
-        batches: list[tuple[Draw, ...]] = []
-        for bucket in sorted(self._members):
-            members = self._members[bucket]
+    def _plan(self, epoch: int) -> _Plan:
+        """Made once per epoch: all else that a batch needs takes time by its own size, not by the data set's."""
+        if epoch not in self._plans:
+            while len(self._plans) >= _NUM_PLANS:
+                del self._plans[max(self._plans, key=lambda other: abs(other - epoch))]
+            self._plans[epoch] = self._make_plan(epoch)
+        return self._plans[epoch]
+
+    def _make_plan(self, epoch: int) -> _Plan:
+        draws: list[Tensor] = []
+        spans: list[tuple[int, int]] = []
+        first = 0
+        for bucket, members in self._members.items():
             generator = stream(self.seed, "batch-members", epoch, bucket.width, bucket.height)
-            shuffled = [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]
-            draws = [Draw(sample, epoch, repeat) for sample, repeat in shuffled]
-            batches += [tuple(draws[i : i + self.batch_size]) for i in range(0, len(draws), self.batch_size)]
-        order = torch.randperm(len(batches), generator=stream(self.seed, "batch-order", epoch))
-        return [batches[i] for i in order.tolist()]
+            draws.append(members[torch.randperm(len(members), generator=generator)])
+            end = first + len(members)
+            spans += [(start, min(start + self.batch_size, end)) for start in range(first, end, self.batch_size)]
+            first = end
+        order = torch.randperm(len(spans), generator=stream(self.seed, "batch-order", epoch))
+        return _Plan(torch.cat(draws), torch.tensor(spans)[order])
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One epoch. draws: (N, 2), sample and repeat of each. spans: (batches, 2), where each lies in `draws`."""
+
+    draws: Tensor
+    spans: Tensor
+
+    def batch(self, position: int) -> list[list[int]]:
+        start, stop = self.spans[position].tolist()
+        return self.draws[start:stop].tolist()

@@ -13,6 +13,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from lora_diffusion.data.captions import printable
 from lora_diffusion.data.errors import DataError
+from lora_diffusion.data.file_facts import FileFacts, Stamp, stamp_of
 from lora_diffusion.data.folder import Sample
 from lora_diffusion.data.images import FILTER_VERSION, WHITE, Colour, ImageError, open_image, quiet_pillow, to_pixels
 from lora_diffusion.errors import RunError
@@ -35,8 +37,11 @@ logger = logging.getLogger(__name__)
 
 LAYOUT_VERSION = 1
 TEXT_LAYOUT_VERSION = 2
-MEMORY_BYTES = 2 * 2**30
-"""Entries are kept in memory up to this size in all; the rest is read from disk when needed."""
+READ_BYTES = 128 * 2**20
+"""Entries that can be read from disk again stay in memory up to this size in all, however large the data set is."""
+
+ENCODED_BYTES = 2 * 2**30
+"""The same for embeddings that would have to be computed again."""
 
 _CHECKSUM = "sha256"
 _MAX_THREADS = 4
@@ -73,10 +78,11 @@ class LatentCache:
         encode: EncodeImages,
         *,
         background: Colour = WHITE,
-        memory_bytes: int = MEMORY_BYTES,
+        memory_bytes: int = READ_BYTES,
     ) -> None:
         """folder: None keeps everything in memory. encoder_id: changes whenever `encode` would give other numbers.
-        background: what shows through the transparent parts of pictures.
+        background: what shows through the transparent parts of pictures. memory_bytes: for latents that are on disk
+        too; those that are not are all kept.
         """
         self._store = TensorStore(folder / "latents" if folder else None)
         self._encoder_id = encoder_id
@@ -93,22 +99,20 @@ class LatentCache:
         wanted: dict[Sample, list[bool]] = {}
         seen: set[str] = set()
         hits = rebuilt = built = 0
-        for sample in track(samples, "Reading latents"):
-            for flipped in (False, True) if flips else (False,):
-                key = self.key(sample, flipped)
-                if key in seen:
-                    continue
-                seen.add(key)
-                if key in self._memory:
-                    hits += 1
-                elif (tensors := self._store.load(key)) is not None:
-                    self._remember(key, (tensors["mean"], tensors["std"]))
-                    hits += 1
-                else:
+        with self._store.checked() as is_whole:
+            for sample in track(samples, "Reading latents"):
+                for flipped in (False, True) if flips else (False,):
+                    key = self.key(sample, flipped)
+                    if key in seen:
+                        continue
+                    seen.add(key)
+                    if key in self._memory or is_whole(key):
+                        hits += 1
+                        continue
                     was_damaged = self._store.has(key)
                     rebuilt, built = rebuilt + was_damaged, built + (not was_damaged)
                     wanted.setdefault(sample, []).append(flipped)
-        self._build(wanted, batch_size, track)
+            self._build(wanted, batch_size, track)
         return CacheReport(hits, built, rebuilt)
 
     def get(self, sample: Sample, flipped: bool = False) -> tuple[Tensor, Tensor]:
@@ -120,7 +124,9 @@ class LatentCache:
         if key in self._memory:
             return self._memory[key]
         if (tensors := self._store.load(key)) is not None:
-            return tensors["mean"], tensors["std"]
+            entry = (tensors["mean"], tensors["std"])
+            self._remember(key, entry)
+            return entry
         if self._encode is None:
             raise RunError(
                 f"{printable(str(sample.image))}: its cached latents are missing or damaged, and a data loader worker "
@@ -136,7 +142,11 @@ class LatentCache:
     def _build(
         self, wanted: Mapping[Sample, Sequence[bool]], batch_size: int, track: Track
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Encode, store and remember; returns the last batch's entries by key."""
+        """Encode and store; what cannot be stored is remembered. Returns the last batch's entries by key.
+
+        Small entries kept here would lie between the large pieces that encoding takes and gives back, and so keep the
+        system from getting those back: 60 kB of memory for each entry of 8 kB.
+        """
         last: dict[str, tuple[Tensor, Tensor]] = {}
         for batch, pixels in self._pixel_batches(wanted, batch_size, track):
             last = {}
@@ -146,8 +156,8 @@ class LatentCache:
                     chosen = pixels[rows].flip(-1) if flipped else pixels[rows]
                     last |= self._encode_batch([batch[row] for row in rows], chosen, flipped)
             for key, (mean, std) in last.items():
-                is_stored = self._store.save(key, {"mean": mean, "std": std})
-                self._remember(key, (mean, std), must=not is_stored)
+                if not self._store.save(key, {"mean": mean, "std": std}):
+                    self._memory[key] = (mean, std)
         return last
 
     def _encode_batch(
@@ -191,9 +201,9 @@ class LatentCache:
             raise DataError(f"{printable(str(sample.image))}: {error}. Mend or remove it and start again.") from None
         return to_pixels(image, sample.fit, sample.bucket)
 
-    def _remember(self, key: str, entry: tuple[Tensor, Tensor], must: bool = False) -> None:
+    def _remember(self, key: str, entry: tuple[Tensor, Tensor]) -> None:
         size = sum(tensor.nbytes for tensor in entry)
-        if must or size <= self._free_bytes:
+        if size <= self._free_bytes:
             self._memory[key] = entry
             self._free_bytes -= size
 
@@ -205,31 +215,41 @@ class TextCache:
     """Embeddings of captions. Those given to `fill` are kept on disk; captions varied at random are not."""
 
     def __init__(
-        self, folder: Path | None, encoder_id: str, encode: EncodeTexts, *, memory_bytes: int = MEMORY_BYTES
+        self,
+        folder: Path | None,
+        encoder_id: str,
+        encode: EncodeTexts,
+        *,
+        memory_bytes: int = ENCODED_BYTES,
+        read_bytes: int = READ_BYTES,
     ) -> None:
-        """folder: None keeps embeddings in memory only. encoder_id: changes whenever `encode` gives other numbers."""
+        """folder: None keeps embeddings in memory only. encoder_id: changes whenever `encode` gives other numbers.
+        memory_bytes: for embeddings that are not on disk. read_bytes: for those that are.
+        """
         self._store = TensorStore(folder / "texts" if folder else None)
         self._encoder_id = encoder_id
         self._encode: EncodeTexts | None = encode
-        self._memory: OrderedDict[str, TextEntry] = OrderedDict()  # least recently used first
-        self._free_bytes = memory_bytes
+        self._encoded = _Recent(memory_bytes)
+        self._read = _Recent(read_bytes)
 
     def fill(self, captions: Sequence[str], batch_size: int, track: Track = silent) -> CacheReport:
         """Make sure that every caption has an entry."""
         missing: list[str] = []
         hits = rebuilt = 0
-        for caption in dict.fromkeys(captions):
-            if self._find(caption) is not None:
-                hits += 1
-            else:
-                rebuilt += self._store.has(self.key(caption))
-                missing.append(caption)
-        batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
-        for batch in track(batches, "Encoding captions"):
-            for caption, entry in zip(batch, self._encode_batch(batch), strict=True):
+        with self._store.checked() as is_whole:
+            for caption in dict.fromkeys(captions):
                 key = self.key(caption)
-                self._store.save(key, entry)
-                self._remember(key, entry)
+                if key in self._read or key in self._encoded or is_whole(key):
+                    hits += 1
+                else:
+                    rebuilt += self._store.has(key)
+                    missing.append(caption)
+            batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
+            for batch in track(batches, "Encoding captions"):
+                for caption, entry in zip(batch, self._encode_batch(batch), strict=True):
+                    key = self.key(caption)
+                    if not self._store.save(key, entry):
+                        self._encoded.put(key, entry)
         return CacheReport(hits, len(missing) - rebuilt, rebuilt)
 
     def get(self, caption: str) -> TextEntry:
@@ -239,7 +259,7 @@ class TextCache:
         if self._encode is None:
             raise RunError(f"The caption {caption[:80]!r} is not cached, and a data loader worker cannot encode it.")
         entry = self._encode_batch([caption])[0]
-        self._remember(self.key(caption), entry)
+        self._encoded.put(self.key(caption), entry)
         return entry
 
     def key(self, caption: str) -> str:
@@ -248,12 +268,11 @@ class TextCache:
 
     def _find(self, caption: str) -> TextEntry | None:
         key = self.key(caption)
-        if key in self._memory:
-            self._memory.move_to_end(key)
-            return self._memory[key]
-        if (tensors := self._store.load(key)) is None:
-            return None
-        self._remember(key, tensors)
+        for memory in (self._encoded, self._read):
+            if (entry := memory.get(key)) is not None:
+                return entry
+        if (tensors := self._store.load(key)) is not None:
+            self._read.put(key, tensors)
         return tensors
 
     def _encode_batch(self, captions: list[str]) -> list[TextEntry]:
@@ -264,14 +283,30 @@ class TextCache:
             raise RunError(f"The text encoder gives NaN or infinity for one of {captions!r:.200}.")
         return [{name: tensor[row].clone() for name, tensor in tensors.items()} for row in range(len(captions))]
 
-    def _remember(self, key: str, entry: TextEntry) -> None:
-        self._memory[key] = entry
-        self._free_bytes -= _num_bytes(entry)
-        while self._free_bytes < 0 and len(self._memory) > 1:
-            self._free_bytes += _num_bytes(self._memory.popitem(last=False)[1])
-
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_encode": None}
+
+
+class _Recent:
+    """The entries used last, up to `budget` bytes in all; always one."""
+
+    def __init__(self, budget: int) -> None:
+        self._entries: OrderedDict[str, TextEntry] = OrderedDict()  # least recently used first
+        self._free_bytes = budget
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._entries
+
+    def get(self, key: str) -> TextEntry | None:
+        if key in self._entries:
+            self._entries.move_to_end(key)
+        return self._entries.get(key)
+
+    def put(self, key: str, entry: TextEntry) -> None:
+        self._entries[key] = entry
+        self._free_bytes -= _num_bytes(entry)
+        while self._free_bytes < 0 and len(self._entries) > 1:
+            self._free_bytes += _num_bytes(self._entries.popitem(last=False)[1])
 
 
 class TensorStore:
@@ -280,10 +315,44 @@ class TensorStore:
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
         self._is_writable = folder is not None
+        self._written: dict[str, Stamp] = {}
 
     def has(self, key: str) -> bool:
         """Whether there is a file for `key`, whole or damaged."""
         return self._folder is not None and self._path(self._folder, key).exists()
+
+    @contextmanager
+    def checked(self) -> Iterator[Callable[[str], bool]]:
+        """Inside, the function says whether there is a whole file for a key.
+
+        A file that was found whole before, or written here, is not opened again as long as it stays as it was; `load`
+        looks at its checksum all the same.
+        """
+        if self._folder is None:
+            yield lambda key: False
+            return
+        facts = FileFacts(self._folder / "whole.json", str(LAYOUT_VERSION))
+        folder = os.fspath(self._folder)
+
+        def is_whole(key: str) -> bool:
+            try:
+                stamp = stamp_of(f"{folder}/{key[:2]}/{key}.safetensors")
+            except OSError:
+                return False
+            if facts.get(key, stamp):
+                return True
+            if self.load(key) is None:
+                return False
+            facts.put(key, stamp, True)
+            return True
+
+        self._written = {}
+        yield is_whole
+        for key, stamp in self._written.items():
+            facts.put(key, stamp, True)
+        self._written = {}
+        if self._is_writable:
+            facts.save()
 
     def load(self, key: str) -> dict[str, Tensor] | None:
         """The tensors saved under `key`; None when there are none or the file is damaged."""
@@ -307,6 +376,7 @@ class TensorStore:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_bytes_atomically(path, data)
+            self._written[key] = stamp_of(path)
         except OSError as error:
             self._is_writable = False
             logger.warning(

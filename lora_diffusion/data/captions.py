@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import os
 import random
 import re
 import unicodedata
@@ -77,9 +78,11 @@ def read_caption(path: Path) -> str:
     UTF-8 with or without a byte order mark, or UTF-16 with one. Raises CaptionError, naming the first bad byte, for
     anything else: a guessed encoding would train wrong words.
     """
-    if (size := path.stat().st_size) > MAX_CAPTION_BYTES:
-        raise CaptionError(f"{path}: {size:,} bytes are too many for a caption (limit {MAX_CAPTION_BYTES:,}).")
-    return one_line(decode_text(path.read_bytes(), str(path)))
+    with open(path, "rb", buffering=0) as file:
+        if (size := os.fstat(file.fileno()).st_size) > MAX_CAPTION_BYTES:
+            raise CaptionError(f"{path}: {size:,} bytes are too many for a caption (limit {MAX_CAPTION_BYTES:,}).")
+        data = file.read()
+    return one_line(decode_text(data, str(path)))
 
 
 def one_line(text: str) -> str:

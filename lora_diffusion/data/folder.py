@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import posixpath
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import PIL
 
 from lora_diffusion.data.buckets import Bucket, Fit, Size, assign_bucket, fit, lost_fraction, scale_to_cover
 from lora_diffusion.data.captions import printable
 from lora_diffusion.data.errors import DataError
-from lora_diffusion.data.images import ImageError, ImageHeader, check_image, quiet_pillow, read_bytes
-from lora_diffusion.data.listing import LeftOut, is_image_name, list_folder, relative_name
+from lora_diffusion.data.file_facts import FileFacts, Stamp, stamp_of
+from lora_diffusion.data.images import ImageError, check_whole, quiet_pillow, read_bytes
+from lora_diffusion.data.listing import LeftOut, is_image_name, list_folder, name_below, relative_name
 from lora_diffusion.data.sidecars import CaptionIndex, Note
-from lora_diffusion.files import write_json_atomically
+from lora_diffusion.files import write_text_atomically
 from lora_diffusion.progress import Track, silent
 
 MAX_LEFT_OUT = 0.2
@@ -38,11 +44,12 @@ NO_CAPTION = "no caption"
 """How the kinds of all notes about a missing caption begin."""
 
 _REPEATS_NAME = re.compile(r"([1-9][0-9]{0,2})_(.+)")  # kohya's `10_sks dog`; four digits are taken for a year
+_FACTS_VERSION = 1  # change it when `check_whole` finds more, or other, pictures unusable
 _MAX_THREADS = 4  # each may hold a picture of MAX_PIXELS
 _TABLE_ROWS = 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One picture to train on.
 
@@ -59,6 +66,15 @@ class Sample:
     id: str
     content: str
     source: int = 0
+
+
+class Picture(NamedTuple):
+    """What reading a picture's file tells. size: upright. content: sha256 of the file."""
+
+    size: Size
+    format: str
+    is_animated: bool
+    content: str
 
 
 @dataclass(frozen=True)
@@ -78,9 +94,12 @@ def scan_folder(
     default_caption: str | None = None,
     source: int = 0,
     max_left_out: float = MAX_LEFT_OUT,
+    facts: FileFacts | None = None,
     track: Track = silent,
 ) -> Scan:
     """Read every picture below `folder` once and find its caption.
+
+    facts: what is known of the pictures (`picture_facts`); those that did not change since are not opened.
 
     A subfolder named `10_sks dog` as in kohya's tools gives its pictures 10 times `repeats` and the class token
     "sks dog". A picture's caption is its own (`a.txt`, `a.caption` or a line of metadata.jsonl), else
@@ -92,55 +111,96 @@ def scan_folder(
     left_out = list(listing.left_out)
     notes = list(captions.notes)
     samples: list[Sample] = []
-    for path, found in zip(listing.images, _read_all(listing.images, track), strict=True):
+    if facts is None:
+        facts = picture_facts(None, folder)
+    fits: dict[Size, tuple[Bucket, Fit]] = {}  # pictures of one size share theirs
+    for path, found in zip(listing.images, _read_all(folder, listing.images, facts, track), strict=True):
         if isinstance(found, ImageError):
             left_out.append(LeftOut(path, str(found)))
             continue
-        header, content = found
-        folder_repeats, class_token = _read_folder_name(path.relative_to(folder))
+        name = relative_name(path, folder)
+        folder_repeats, class_token = _read_folder_name(posixpath.dirname(name_below(path, folder)))
         try:
-            bucket = _choose_bucket(header.size, buckets)
+            if found.size not in fits:
+                bucket = _choose_bucket(found.size, buckets)
+                fits[found.size] = bucket, fit(found.size, bucket)
             caption, caption_notes = _choose_caption(captions, path, default_caption, class_token)
         except DataError as error:
             left_out.append(LeftOut(path, str(error)))
             continue
+        bucket, fitted = fits[found.size]
         samples.append(
             Sample(
                 image=path,
                 caption=caption,
-                size=header.size,
+                size=found.size,
                 bucket=bucket,
-                fit=fit(header.size, bucket),
+                fit=fitted,
                 repeats=repeats * folder_repeats,
-                id=hashlib.sha256(f"{relative_name(path, folder)}\0{content}".encode()).hexdigest()[:16],
-                content=content,
+                id=hashlib.sha256(f"{name}\0{found.content}".encode()).hexdigest()[:16],
+                content=found.content,
                 source=source,
             )
         )
-        notes += caption_notes + _note_geometry(path, header, bucket)
+        notes += caption_notes + _note_geometry(path, found, bucket)
     notes += _note_twins(samples)
     _check_enough(folder, samples, left_out, max_left_out)
     return Scan(tuple(samples), tuple(left_out), tuple(notes))
 
 
-def _read_all(images: Sequence[Path], track: Track) -> list[tuple[ImageHeader, str] | ImageError]:
-    """Header and sha256 of each picture, or what is wrong with it. Decoding happens outside Python's lock."""
+def picture_facts(memory: Path | None, folder: Path, *, is_kept: bool = True) -> FileFacts:
+    """What earlier scans of a data set folder found out about its pictures, kept in the folder `memory`.
+
+    is_kept: whether the next scan adds to it.
+    """
+    name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
+    version = f"{_FACTS_VERSION}, Pillow {PIL.__version__}"
+    return FileFacts(memory / f"{name}.json" if memory else None, version, is_kept=is_kept)
+
+
+def _read_all(folder: Path, images: Sequence[Path], facts: FileFacts, track: Track) -> list[Picture | ImageError]:
+    """What is in each picture, or what is wrong with it. Decoding happens outside Python's lock.
+
+    Only pictures that are new or changed are opened; of a picture that cannot be used nothing is remembered.
+    """
+    names = {path: name_below(path, folder) for path in images}
+    stamps = {path: _stamp(path) for path in images}
+    found: dict[Path, Picture | ImageError] = {}
+    for path, stamp in stamps.items():
+        if stamp is not None and (known := facts.get(names[path], stamp)) is not None:
+            size, *rest = known
+            found[path] = Picture(Size(*size), *rest)
+    unknown = [path for path in images if path not in found]
     with quiet_pillow(), ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
-        futures = [pool.submit(_read, path) for path in images]
-        return [future.result() for future in track(futures, "Reading images")]
+        futures = [pool.submit(_read, path) for path in unknown]
+        for path, future in zip(unknown, track(futures, "Reading images"), strict=True):
+            picture = found[path] = future.result()
+            if (stamp := stamps[path]) is not None and isinstance(picture, Picture):
+                facts.put(names[path], stamp, picture)
+    facts.save(only=set(names.values()))
+    return [found[path] for path in images]
 
 
-def _read(path: Path) -> tuple[ImageHeader, str] | ImageError:
+def _stamp(path: Path) -> Stamp | None:
+    try:
+        return stamp_of(path)
+    except OSError:  # reading it will say what is wrong
+        return None
+
+
+def _read(path: Path) -> Picture | ImageError:
     try:
         data = read_bytes(path)
-        return check_image(data), hashlib.sha256(data).hexdigest()
+        header = check_whole(data)
+        return Picture(header.size, header.format, header.is_animated, hashlib.sha256(data).hexdigest())
     except ImageError as error:
         return error
 
 
-def _read_folder_name(relative: Path) -> tuple[int, str | None]:
+@lru_cache(maxsize=256)
+def _read_folder_name(below: str) -> tuple[int, str | None]:
     """(repeats, class token) from the nearest folder named like `10_sks dog`; (1, None) without one."""
-    for parent in reversed(relative.parent.parts):
+    for parent in reversed(below.split("/")):
         if match := _REPEATS_NAME.fullmatch(parent):
             return int(match[1]), match[2]
     return 1, None
@@ -174,13 +234,15 @@ def _choose_bucket(size: Size, buckets: Sequence[Bucket]) -> Bucket:
     return bucket
 
 
-def _note_geometry(path: Path, header: ImageHeader, bucket: Bucket) -> list[Note]:
+def _note_geometry(path: Path, picture: Picture, bucket: Bucket) -> list[Note]:
     notes: list[Note] = []
-    if header.is_animated:
-        notes.append(Note(path, "animated", f"a {header.format} with several frames; only the first is used"))
-    if (scale := scale_to_cover(header.size, bucket)) > NOTED_ENLARGEMENT:
-        notes.append(Note(path, "enlarged", f"{header.size.width}x{header.size.height} is enlarged {scale:.1f} times"))
-    if (lost := lost_fraction(header.size, bucket)) > NOTED_LOSS:
+    if picture.is_animated:
+        notes.append(Note(path, "animated", f"a {picture.format} with several frames; only the first is used"))
+    if (scale := scale_to_cover(picture.size, bucket)) > NOTED_ENLARGEMENT:
+        notes.append(
+            Note(path, "enlarged", f"{picture.size.width}x{picture.size.height} is enlarged {scale:.1f} times")
+        )
+    if (lost := lost_fraction(picture.size, bucket)) > NOTED_LOSS:
         notes.append(Note(path, "cropped", f"{lost:.0%} of its area is cut away for {bucket.width}x{bucket.height}"))
     return notes
 
@@ -189,12 +251,12 @@ def _note_twins(samples: Iterable[Sample]) -> list[Note]:
     """Pictures with equal bytes, and pictures that share a caption file because only their suffixes differ."""
     notes: list[Note] = []
     first_by_content: dict[str, Path] = {}
-    first_by_stem: dict[Path, Path] = {}
+    first_by_stem: dict[str, Path] = {}
     for sample in samples:
         twin = first_by_content.setdefault(sample.content, sample.image)
         if twin != sample.image:
             notes.append(Note(sample.image, "duplicate", f"has the same bytes as {twin.name}; both are used"))
-        namesake = first_by_stem.setdefault(sample.image.with_suffix(""), sample.image)
+        namesake = first_by_stem.setdefault(os.path.splitext(sample.image)[0], sample.image)
         if namesake != sample.image:
             notes.append(Note(sample.image, "same name", f"shares its name and caption with {namesake.name}"))
     return notes
@@ -227,7 +289,16 @@ def write_report(path: Path, scans: Sequence[Scan], token_counts: Mapping[str, i
 
     token_counts: number of tokens of each caption, without start and end marks. max_tokens: how many are read.
     """
-    write_json_atomically(path, build_report(scans, token_counts, max_tokens))
+    parts = [f'"{key}": {_rows(value)}' for key, value in build_report(scans, token_counts, max_tokens).items()]
+    write_text_atomically(path, "{" + ",\n".join(parts) + "}\n")
+
+
+def _rows(value: object) -> str:
+    """JSON, of a list one line per entry: of ten thousand pictures that is written fast and read with ease."""
+    if not isinstance(value, list):
+        return json.dumps(value, ensure_ascii=False, indent=2)
+    entries: list[object] = value
+    return "[" + ",".join("\n  " + json.dumps(entry, ensure_ascii=False) for entry in entries) + "\n]"
 
 
 def build_report(scans: Sequence[Scan], token_counts: Mapping[str, int], max_tokens: int) -> dict[str, Any]:

@@ -12,7 +12,8 @@ import io
 import os
 import stat
 import warnings
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,8 @@ WHITE: Colour = (255, 255, 255)
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # no format that runs another program
 _ORIENTATION_TAG = 0x0112
+_PNG_START = b"\x89PNG\r\n\x1a\n"
+_PNG_TEXTS = frozenset({b"eXIf", b"iTXt", b"tEXt", b"zTXt"})  # EXIF itself, and texts that hold EXIF or XMP
 _UPRIGHT = {  # EXIF orientation -> what turns the stored picture upright (EXIF 2.3, table 4.6.4 A)
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -122,6 +125,21 @@ def check_image(data: bytes) -> ImageHeader:
         return header
 
 
+def check_whole(data: bytes) -> ImageHeader:
+    """Like `check_image`, but a PNG's pixels are not decoded: its checksums tell whether the file is as it was written.
+
+    That is ten times faster, and the decoding that follows sooner or later finds what a program wrote wrongly. Of a
+    PNG with texts behind its pixels all is decoded, as they may say how to turn the picture.
+    """
+    if not data.startswith(_PNG_START):
+        return check_image(data)
+    with _opened(data) as image:
+        # PNG's own `getexif` decodes all pixels first, to get at what stands behind them: here, nothing does.
+        header = _header(image, Image.Image.getexif)
+    kinds = _png_chunk_kinds(data)
+    return check_image(data) if _PNG_TEXTS & set(kinds[kinds.index(b"IDAT") :]) else header
+
+
 def open_image(path: Path, background: Colour = WHITE, *, content: str | None = None) -> Image.Image:
     """The picture as RGB: upright, its transparent parts laid over `background`, its first frame if it is animated.
 
@@ -184,13 +202,33 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
         raise ImageError(f"damaged or cut off ({str(error) or type(error).__name__})") from None
 
 
-def _header(image: Image.Image) -> ImageHeader:
+def _png_chunk_kinds(data: bytes) -> list[bytes]:
+    """The kinds of a PNG's chunks up to its end mark, all with the right checksum. Raises ImageError."""
+    kinds: list[bytes] = []
+    view, start = memoryview(data), len(_PNG_START)
+    while b"IEND" not in kinds[-1:]:
+        length = int.from_bytes(view[start : start + 4])
+        end = start + 8 + length
+        if end + 4 > len(data):
+            raise ImageError("damaged or cut off (its end is missing)")
+        kinds.append(data[start + 4 : start + 8])
+        if zlib.crc32(view[start + 4 : end]) != int.from_bytes(view[end : end + 4]):
+            raise ImageError(f"damaged or cut off (wrong checksum in chunk {kinds[-1]!r})")
+        start = end + 4
+    if b"IDAT" not in kinds:
+        raise ImageError("damaged or cut off (it holds no pixels)")
+    return kinds
+
+
+def _header(
+    image: Image.Image, getexif: Callable[[Image.Image], Image.Exif] = lambda image: image.getexif()
+) -> ImageHeader:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ImageError(f"{width}x{height} has more than {MAX_PIXELS:,} pixels (a decompression bomb?); shrink it")
     if image.mode == "F":
         raise ImageError("pixels are floating-point numbers without a fixed range; save it with 8 or 16 bits")
-    orientation = _orientation(image)
+    orientation = _orientation(image, getexif)
     return ImageHeader(
         size=Size(height, width) if orientation >= 5 else Size(width, height),
         format=image.format or "",
@@ -201,10 +239,10 @@ def _header(image: Image.Image) -> ImageHeader:
     )
 
 
-def _orientation(image: Image.Image) -> int:
+def _orientation(image: Image.Image, getexif: Callable[[Image.Image], Image.Exif]) -> int:
     """The EXIF orientation, 1 to 8; 1 when the EXIF block is missing or damaged."""
     try:
-        value = image.getexif().get(_ORIENTATION_TAG, 1)
+        value = getexif(image).get(_ORIENTATION_TAG, 1)
     except Exception:  # a damaged EXIF block does not make the pixels wrong, and any error may come of it
         return 1
     return value if isinstance(value, int) and value in _UPRIGHT else 1

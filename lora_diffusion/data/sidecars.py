@@ -78,7 +78,7 @@ class CaptionIndex:
         """Captions without a picture, and metadata lines that name no file. Pictures left out count as there."""
         seen = [*listing.images, *(item.path for item in listing.left_out)]
         names = {relative_name(path, self._root) for path in seen}
-        stems = {_stem(name) for name in names}
+        stems = set(map(_stem, names))
         for stem, paths in self._sidecars.items():
             if stem not in stems:
                 self.notes += [Note(path, "caption without image", "no picture has this name") for path in paths]

@@ -12,12 +12,15 @@ from lora_diffusion.models.base import weights_id
 from lora_diffusion.models.errors import ModelError
 
 TextEncoder = CLIPTextModel | CLIPTextModelWithProjection
+_COUNTED_AT_ONCE = 256  # captions; the tokenizer keeps some kilobytes of each until it is done
+
 Weights = tuple[tuple[str, nn.Parameter], ...]
 
 
-def count_tokens(tokenizer: CLIPTokenizer, caption: str) -> int:
-    """Tokens of a caption, without the begin and end marks."""
-    return len(_token_ids(tokenizer, caption))
+def token_counts(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> list[int]:
+    """Tokens of each caption, without the begin and end marks."""
+    parts = (captions[i : i + _COUNTED_AT_ONCE] for i in range(0, len(captions), _COUNTED_AT_ONCE))
+    return [len(ids) for part in parts for ids in _token_ids(tokenizer, part)]
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str], *, length: int, chunks: int | None) -> Tensor:
@@ -25,7 +28,7 @@ def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str], *, length: int, 
 
     chunks: per caption; what does not fit is cut. None is as many as the longest caption needs, at least one.
     """
-    tokens = [_token_ids(tokenizer, caption) for caption in captions]
+    tokens = _token_ids(tokenizer, captions)
     if chunks is None:
         chunks = max(1, max(-(-len(ids) // length) for ids in tokens))
     rows = []
@@ -95,6 +98,8 @@ def _joined(hidden: Tensor, num_captions: int) -> Tensor:
     return hidden.reshape(num_captions, -1, hidden.shape[-1])  # (B · chunks, length, D) → (B, chunks · length, D)
 
 
-def _token_ids(tokenizer: CLIPTokenizer, caption: str) -> list[int]:
+def _token_ids(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> list[list[int]]:
+    if not captions:
+        return []
     # verbose=False: the tokenizer warns above 77 tokens, which chunks are there for.
-    return tokenizer(caption, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+    return tokenizer(list(captions), add_special_tokens=False, truncation=False, verbose=False)["input_ids"]

@@ -73,8 +73,8 @@ class SDXL(DiffusionModel):
     def max_tokens(self) -> int:
         return self.text_encoder.config.max_position_embeddings - 2
 
-    def count_tokens(self, caption: str) -> int:
-        return clip.count_tokens(self.tokenizer, caption)
+    def token_counts(self, captions: Sequence[str]) -> list[int]:
+        return clip.token_counts(self.tokenizer, captions)
 
     def check_clip_skip(self, clip_skip: int) -> None:
         if clip_skip not in (1, 2):

@@ -225,6 +225,8 @@ def test_memory_holds_no_more_than_its_budget(samples: tuple[Sample, ...], folde
     one_entry = 2 * 3 * 4 * 4 * 4
     cache = LatentCache(folder, "vae", encode_images, memory_bytes=2 * one_entry)
     fill(cache, samples[:3], flips=False)
+    for sample in samples[:3]:
+        cache.get(sample)
     for path in files(folder):
         path.unlink()
     copy: LatentCache = pickle.loads(pickle.dumps(cache))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import struct
+import zlib
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from lora_diffusion.data.buckets import Bucket, Size, fit
 from lora_diffusion.data.images import (
     ImageError,
     check_image,
+    check_whole,
     decode_image,
     open_image,
     quiet_pillow,
@@ -155,6 +158,48 @@ def test_checking_finds_what_decoding_would(tmp_path: Path):
         data = encode(noisy, format)
         with pytest.raises(ImageError):
             check_image(data[: len(data) // 2])
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def test_the_quick_check_tells_the_same_of_whole_pictures_as_decoding_does():
+    image = red_left_blue_right()
+    pictures = [encode(image, format) for format in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")]
+    pictures += [with_orientation(image, value) for value in range(1, 9)]
+    pictures += [encode(image.convert("P")), encode(Image.new("I;16", (8, 4), 30000))]
+    pictures.append(encode(image, save_all=True, append_images=[image.rotate(180)]))
+    assert len(pictures) == 17
+    for data in pictures:
+        assert check_whole(data) == check_image(data)
+
+
+def test_a_turn_that_is_told_behind_the_pixels_of_a_png_is_found():
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    plain = encode(red_left_blue_right())
+    data = plain[:-12] + png_chunk(b"eXIf", turned.tobytes().removeprefix(b"Exif\0\0")) + plain[-12:]
+    assert check_whole(data) == check_image(data)
+    assert check_whole(data).size == check_whole(plain).size[::-1]
+
+
+def test_every_cut_and_every_flipped_bit_of_a_png_is_found_without_decoding_it():
+    data = encode(red_left_blue_right())
+    for end in range(len(data)):
+        with pytest.raises(ImageError):
+            check_whole(data[:end])
+    for offset in range(len(data)):
+        with pytest.raises(ImageError):
+            check_whole(data[:offset] + bytes([data[offset] ^ 16]) + data[offset + 1 :])
+
+
+def test_pixels_that_were_written_wrongly_under_right_checksums_are_found_when_they_are_decoded():
+    whole = encode(red_left_blue_right())
+    data = whole[:33] + png_chunk(b"IDAT", zlib.compress(b"\0\0\0")) + png_chunk(b"IEND", b"")
+    assert check_whole(data) == check_whole(whole)
+    with pytest.raises(ImageError, match="damaged or cut off"):
+        decode_image(data)
 
 
 def test_opening_a_file_that_changed_since_the_scan_is_an_error(tmp_path: Path):
