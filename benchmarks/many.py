@@ -25,6 +25,7 @@ import diffusers
 import psutil
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import nn
 
 from benchmarks.engine import hardware
 from lora_diffusion.adapters.inject import eject, join
@@ -77,7 +78,7 @@ def make_model(base: str, unet: str, dtype: torch.dtype) -> DiffusionModel:
         sizes = {"cross_attention_dim": model.unet.config["cross_attention_dim"], "sample_size": 32}
         with torch.device("meta"):
             large = UNet2DConditionModel(**SD15, **sizes)
-        large = large.to_empty(device=device).to(dtype)
+        large = nn.Module.to(large.to_empty(device=device), dtype)
         generator = torch.Generator(device).manual_seed(0)
         with torch.no_grad():
             for name, parameter in large.named_parameters():

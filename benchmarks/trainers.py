@@ -102,8 +102,9 @@ def sd_scripts(checkout: Path, python: Path) -> Trainer:
             f"[[datasets]]\nresolution = {task.size}\nbatch_size = {task.batch_size}\n[[datasets.subsets]]\n"
             f'image_dir = "{task.pictures.as_posix()}"\ncaption_extension = ".txt"\nnum_repeats = 1\n'
         )
+        script = "sdxl_train_network.py" if (task.base / "text_encoder_2").exists() else "train_network.py"
         return [
-            *(str(python), *(_narrow() if task.is_reduced else ["train_network.py"])),
+            *(str(python), *(_narrow() if task.is_reduced else [script])),
             *("--pretrained_model_name_or_path", str(task.base), "--dataset_config", str(dataset)),
             *("--tokenizer_cache_dir", str(tokenizer.parent), "--output_dir", str(task.folder / "out")),
             *("--output_name", "speed", "--max_train_steps", str(task.steps), "--network_module", "networks.lora"),

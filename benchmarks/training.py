@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -24,6 +25,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -155,7 +157,9 @@ def main() -> None:
     options = parse()
     size = options.size or SIZES[options.base]
     work = options.work.resolve()
-    base = write_base(options.base, work / f"base-{options.base}")
+    # In a process of its own: Linux counts what this one held at most as held by the trainers that it starts.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        base = pool.submit(write_base, options.base, work / f"base-{options.base}").result()
     pictures = write_pictures(work / f"pictures-{options.pictures}-{size}", options.pictures, size)
     trainers = [own("attention")]
     if options.diffusers:
