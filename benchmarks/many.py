@@ -78,7 +78,8 @@ def make_model(base: str, unet: str, dtype: torch.dtype) -> DiffusionModel:
         sizes = {"cross_attention_dim": model.unet.config["cross_attention_dim"], "sample_size": 32}
         with torch.device("meta"):
             large = UNet2DConditionModel(**SD15, **sizes)
-        large = nn.Module.to(large.to_empty(device=device), dtype)
+        large = large.to_empty(device=device)
+        nn.Module.to(large, dtype)
         generator = torch.Generator(device).manual_seed(0)
         with torch.no_grad():
             for name, parameter in large.named_parameters():
