@@ -22,6 +22,7 @@ from lora_diffusion.container import ContainerError
 from lora_diffusion.errors import UserError
 from lora_diffusion.models.base import ModelError
 from lora_diffusion.models.load import load_model
+from lora_diffusion.models.packed_conv import has_fast_bf16
 from lora_diffusion.models.sd1 import SD1
 from tests.tiny import make_tiny_sd1
 
@@ -292,3 +293,8 @@ def test_an_adapter_is_no_base(tmp_path: Path) -> None:
     save_file({"lora_unet_mid_block_attentions_0_proj_in.alpha": torch.tensor(1.0)}, path)
     with pytest.raises(ModelError, match="no UNet in the Stable Diffusion layout"):
         load_model(path)
+
+
+def test_cpu_is_asked_whether_it_has_bf16() -> None:
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    assert has_fast_bf16() or "avx512_bf16" not in flags
