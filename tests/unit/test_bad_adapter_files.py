@@ -7,6 +7,7 @@ import os
 import pickle
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -50,14 +51,23 @@ def loha() -> Tensors:
     return {f"{K}.hada_{part}": torch.ones(size) for part, size in sizes.items()}
 
 
+@cache
+def cpu_limit() -> float:
+    """Two seconds, or on a slow machine ten times what Python's own parser takes for a header of 60,000 tensors."""
+    header = json.dumps({f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(60_000)})
+    start = time.process_time()
+    json.loads(header)
+    return max(2.0, 10 * (time.process_time() - start))
+
+
 def read_and_attach(path: Path, model: DiffusionModel) -> None:
-    """Attempts to use the file; asserts that it takes no longer than two seconds and leaves the model as it was."""
-    before, text = weights_id("", tuple(model.state_dict().items())), str(model)
+    """Attempts to use the file; asserts that it is done soon (`cpu_limit`) and leaves the model as it was."""
+    before, text, limit = weights_id("", tuple(model.state_dict().items())), str(model), cpu_limit()
     start = time.process_time()  # what a busy machine does meanwhile is not ours
     try:
         AdapterFile.read(path).attach(model.parts)
     finally:
-        assert time.process_time() - start < 2
+        assert time.process_time() - start < limit
         assert weights_id("", tuple(model.state_dict().items())) == before
         assert str(model) == text
 
