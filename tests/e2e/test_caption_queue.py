@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -37,8 +38,9 @@ def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Queue]:
     queue = Queue(Workspace(tmp_path))
     yield queue
     for child in psutil.Process().children():
-        if "lora_diffusion.jobs.runner" in child.cmdline() and str(tmp_path) in child.cmdline():
-            child.kill()
+        with suppress(psutil.Error):  # it has just ended by itself, or is a zombie without a command line
+            if "lora_diffusion.jobs.runner" in child.cmdline() and str(tmp_path) in child.cmdline():
+                child.kill()
     kill_all(tmp_path)
 
 
