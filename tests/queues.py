@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,8 +46,9 @@ def real_queue(root: Path) -> Iterator[Queue]:
         yield Queue(Workspace(root))
     finally:
         for child in psutil.Process().children():
-            if "lora_diffusion.jobs.runner" in child.cmdline() and str(root) in child.cmdline():
-                child.kill()
+            with suppress(psutil.Error):  # it has just ended by itself, or is a zombie without a command line
+                if "lora_diffusion.jobs.runner" in child.cmdline() and str(root) in child.cmdline():
+                    child.kill()
         kill_all(root)
 
 

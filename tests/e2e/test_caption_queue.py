@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -12,13 +11,11 @@ from PIL import Image
 
 from lora_diffusion.captioning.proposals import Proposals, proposals_file
 from lora_diffusion.config_captions import CaptionOrder
-from lora_diffusion.jobs.condition import ACTIVE
 from lora_diffusion.jobs.device_lock import device_lock
-from lora_diffusion.jobs.queue import Job, Queue, QueueError
+from lora_diffusion.jobs.queue import Queue, QueueError
 from lora_diffusion.runs import RunFolder
-from lora_diffusion.workspace import Workspace
 from tests.captioners import save_tiny_blip
-from tests.queues import kill_all, wait_for
+from tests.queues import real_queue, wait_for, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -35,28 +32,13 @@ def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Queue]:
     for number in range(NUM_PICTURES):
         Image.new("RGB", (40, 40), (number * 50, 90, 200)).save(folder / f"{number}.png")
     (folder / "0.txt").write_text("by hand\n")
-    queue = Queue(Workspace(tmp_path))
-    yield queue
-    for child in psutil.Process().children():
-        with suppress(psutil.Error):  # it has just ended by itself, or is a zombie without a command line
-            if "lora_diffusion.jobs.runner" in child.cmdline() and str(tmp_path) in child.cmdline():
-                child.kill()
-    kill_all(tmp_path)
+    with real_queue(tmp_path) as queue:
+        yield queue
 
 
 def order(**options: object) -> CaptionOrder:
     values = {"folder": "data/shapes", "captioner": "models/blip", "prefix": "sks", "max_tokens": 4, **options}
     return CaptionOrder.of(**values)
-
-
-def wait_until(queue: Queue, id: int, *statuses: str) -> Job:
-    def is_so() -> bool:
-        job = queue.job(id)
-        assert job.status in (*statuses, "queued", *ACTIVE), job.error
-        return job.status in statuses
-
-    wait_for(is_so, 240)
-    return queue.job(id)
 
 
 def captions(queue: Queue) -> dict[str, str]:
