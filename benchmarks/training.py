@@ -9,6 +9,10 @@ weights. Every trainer runs from start to end twice, with few and with many step
 step are the difference in time over the difference in steps, so start, caching and warm-up do not count; the whole run
 is the longer one. The trainers take turns, and that repeats `--rounds` times; medians are reported.
 
+Speed at the price of another result would be none. So at the end some steps are trained with the same draws twice, as
+measured and by the plain path (`benchmarks.parity`), and how far losses, gradients and the trained change are apart is
+reported; in float32, SD 1.5 needs 6 GB for that. `--no-parity` leaves it out.
+
 CPU seconds are of all threads of the process; where other programs use the machine too, they say more than wall clock.
 """
 
@@ -24,23 +28,27 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from benchmarks.bases import SIZES, write_base
 from benchmarks.engine import hardware
+from benchmarks.parity import compare_paths
 from benchmarks.pictures import write_pictures
 from benchmarks.trainers import Task, Trainer, diffusers_script, own, sd_scripts
 from benchmarks.training_chart import draw_chart, table
 
+T = TypeVar("T")
+
 PEERS = {"diffusers": "ours, attention", "sd-scripts": "ours, attention-mlp"}
 """Which of our measurements trains the same layers as the other trainer."""
+PARITY_STEPS = {"sd15": 6, "reduced": 50, "sdxl": 6}
 
 
 @dataclass(frozen=True)
@@ -104,8 +112,7 @@ def measure(trainers: Sequence[Trainer], task: Task, lengths: tuple[int, int], t
             pair: list[Run] = []
             for steps in lengths:
                 with tempfile.TemporaryDirectory() as folder:
-                    values = asdict(task) | {"steps": steps, "folder": Path(folder)}
-                    pair.append(run_once(trainer, Task(**values), threads))
+                    pair.append(run_once(trainer, replace(task, steps=steps, folder=Path(folder)), threads))
                 print(f"round {number + 1}  {trainer.name}, {steps} steps: {pair[-1]}", flush=True)
             runs[trainer.name].append((pair[0], pair[1]))
     return [{"trainer": name} | summary(pairs, lengths) for name, pairs in runs.items()]
@@ -135,6 +142,18 @@ def ratios(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     }
 
 
+def check_parity(task: Task, steps: int, threads: int) -> dict[str, Any]:
+    """A `Parity` of `steps` steps of the task."""
+    with tempfile.TemporaryDirectory() as folder:
+        return in_own_process(compare_paths, replace(task, steps=steps, folder=Path(folder)), threads)
+
+
+def in_own_process(function: Callable[..., T], *arguments: Any) -> T:
+    """The result of a call. Linux counts what this process held at most as held by the trainers that it starts."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", choices=SIZES, default="sd15")
@@ -145,6 +164,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, nargs=2, default=(2, 50), metavar=("FEW", "MANY"))
     parser.add_argument("--pictures", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--no-parity", dest="parity", action="store_false", help="no comparison with the plain path")
     parser.add_argument("--work", type=Path, default=Path(".cache/benchmarks"), help="where bases and pictures are put")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     for peer in ("diffusers", "sd-scripts"):
@@ -157,9 +177,7 @@ def main() -> None:
     options = parse()
     size = options.size or SIZES[options.base]
     work = options.work.resolve()
-    # In a process of its own: Linux counts what this one held at most as held by the trainers that it starts.
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        base = pool.submit(write_base, options.base, work / f"base-{options.base}").result()
+    base = in_own_process(write_base, options.base, work / f"base-{options.base}")
     pictures = write_pictures(work / f"pictures-{options.pictures}-{size}", options.pictures, size)
     trainers = [own("attention")]
     if options.diffusers:
@@ -185,6 +203,8 @@ def main() -> None:
         "trainers": records,
         "ratios": ratios(records),
     }
+    if options.parity:
+        result["parity"] = check_parity(task, PARITY_STEPS[options.base], options.threads)
     name = f"training-{options.base}-{options.precision}-b{options.batch_size}-t{options.threads}"
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")

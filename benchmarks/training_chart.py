@@ -15,7 +15,7 @@ PANELS = (
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Markdown: one row per trainer, and how many times longer each peer takes on the same layers."""
+    """Markdown: one row per trainer, and how many times longer each peer takes on the same layers; then the parity."""
     lines = [
         f"{result['base']}, {result['pixels']} px, {result['precision']}, batch {result['batch_size']}, "
         f"{result['hardware']}, {result['date']}",
@@ -31,7 +31,18 @@ def table(result: Mapping[str, Any]) -> str:
             f"| {record['trainer']} | {record['wall_s_per_step']:.3f} | {record['cpu_s_per_step']:.3f} "
             f"| {record['run_wall_s']:.0f} | {record['peak_mb']:.0f} | {compared} |"
         )
+    if "parity" in result:
+        lines += ["", parity_line(result["parity"], result["precision"])]
     return "\n".join(lines)
+
+
+def parity_line(parity: Mapping[str, Any], precision: str) -> str:
+    return (
+        f"As measured ({precision}, {parity['num_packed']} packed convolutions) against plain float32, "
+        f"{parity['steps']} steps with the same draws: the loss differs by at most {parity['loss']:.2%} "
+        f"(mean of {parity['window']} steps), the gradient's norm by {parity['grad_norm']:.2%}; "
+        f"the trained changes have a cosine of {parity['cosine']:.5f}."
+    )
 
 
 def draw_chart(path: Path, result: Mapping[str, Any]) -> None:
