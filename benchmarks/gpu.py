@@ -165,6 +165,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--case", nargs="+", help="names of cases; else all")
     parser.add_argument("--launch", choices=("graph", "quiet", "eager"), default="graph")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--compile", action="store_true", help="model.compile = true but in int8, NF4")
     parser.add_argument("--pictures", type=int, default=16)
     parser.add_argument("--profile", type=Path, help="folder for tables of the kernels of each case")
     parser.add_argument("--work", type=Path, default=Path(".cache/benchmarks"), help="where bases and pictures are put")
@@ -186,6 +187,8 @@ def main() -> None:
         for case in CASES[name]:
             if options.case and case.name not in options.case:
                 continue
+            if options.compile and not any("quantise" in line for line in case.more):
+                case = replace(case, name=f"{case.name}, compiled", more=(*case.more, "model.compile = true"))
             with tempfile.TemporaryDirectory() as folder:
                 task = Task(base, False, pictures, SIZES[name], options.precision, case.batch_size, 10**6, Path(folder))
                 profile = options.profile / f"{name}-{case.name}.txt".replace(" ", "-") if options.profile else None

@@ -14,6 +14,7 @@ from lora_diffusion.config import TrainConfig
 from lora_diffusion.data.duplicates import find_near_duplicates
 from lora_diffusion.data.folder import NO_CAPTION, build_report
 from lora_diffusion.models.base import Conditioning, DiffusionModel
+from lora_diffusion.models.compiling import check_compiler
 from lora_diffusion.models.precision import resolve_device, resolve_precision
 from lora_diffusion.progress import Track, silent
 from lora_diffusion.recipe import run_steps
@@ -74,6 +75,8 @@ def check_run(config: TrainConfig, track: Track = silent) -> CheckReport:
     """Read every picture and caption, load the base, train it for some steps. Writes nothing. Raises UserError."""
     device = resolve_device(config.run.device)
     dtype = resolve_precision(config.run.precision, device)
+    if config.model.compile:
+        check_compiler(device)
     with PeakMemory(device) as loading:
         model = load_base(config, dtype, device)
     data = read_training_set(config, model, 1, track, writes=False)

@@ -158,6 +158,9 @@ class ModelConfig(Section):
     gradient_checkpointing: bool | Literal["outer"] = False
     """Compute parts of the forward pass twice instead of storing them: far less memory, about a third more time.
     `outer`: only those on the largest pictures, which keep the most."""
+    compile: bool = False
+    """Let torch compile the UNet's transformer blocks into fewer, larger operations. The first steps of each size of
+    picture take minutes, so it is for thousands of steps; needs a C++ compiler, on a GPU Triton."""
 
 
 class AdapterConfig(Section):

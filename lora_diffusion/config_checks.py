@@ -46,9 +46,26 @@ def conflicts(config: TrainConfig) -> Iterator[tuple[set[KeyPath], Problem]]:
             'has nothing to predict from. Use prediction = "v" or "auto"'
         )
         yield conflict(message, ("model", "zero_terminal_snr"), ("model", "prediction"))
+    if model.compile:
+        yield from _compile_conflicts(config)
     yield from _adapter_conflicts(config)
     for index, dataset in enumerate(config.dataset):
         yield from _bucket_conflicts(index, dataset)
+
+
+def _compile_conflicts(config: TrainConfig) -> Iterator[tuple[set[KeyPath], Problem]]:
+    """What torch cannot compile: draws from a generator, and kernels of other packages."""
+    key: KeyPath = ("model", "compile")
+    if config.model.quantise != "none":
+        message = f'`model.compile` is true and `model.quantise` is "{config.model.quantise}", which cannot be compiled'
+        yield {key, ("model", "quantise")}, Problem(key, message)
+    if config.model.attention == "xformers":
+        message = '`model.compile` is true and `model.attention` is "xformers", which cannot be compiled; use "auto"'
+        yield {key, ("model", "attention")}, Problem(key, message)
+    for name in ("dropout", "rank_dropout", "module_dropout"):
+        if getattr(config.adapter, name):
+            message = f"`model.compile` is true and `adapter.{name}` is above 0: draws cannot be compiled; drop one"
+            yield {key, ("adapter", name)}, Problem(key, message)
 
 
 def _adapter_conflicts(config: TrainConfig) -> Iterator[tuple[set[KeyPath], Problem]]:

@@ -131,6 +131,8 @@ def check_together(members: Sequence[Member]) -> None:
                 "other. Give every run its own."
             )
     first, *others = members
+    if first.config.model.compile:
+        raise UserError("model.compile is true; the joint layers of a sweep cannot be compiled. Set it to false.")
     expected = dict(_settings(first.config))
     for member in others:
         for key, value in _settings(member.config):

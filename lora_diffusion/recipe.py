@@ -25,6 +25,7 @@ from lora_diffusion.formats.argument import parse_adapter
 from lora_diffusion.formats.metadata import TrainingFacts, build_metadata
 from lora_diffusion.generation.engine import Engine, Request
 from lora_diffusion.models.base import Conditioning, DiffusionModel
+from lora_diffusion.models.compiling import check_compiler, compile_blocks
 from lora_diffusion.models.precision import DTYPES, resolve_device, resolve_precision
 from lora_diffusion.progress import Track, silent
 from lora_diffusion.recipe_adapters import Adapters, hashes_of_merged, learning_rates, parameter_groups
@@ -76,12 +77,16 @@ def build_on(
     is_shared: others are built on it too, so nothing of it is released.
     """
     model = base.model
+    if config.model.compile:
+        check_compiler(accelerator.device)
     previewer = make_previewer(config, run, model)
     data = read_training_set(config, model, accelerator.num_processes, track)
     run_steps(config, data)
     with accelerator.main_process_first():  # one process fills the caches, the others find them filled
         latents, text = fill_caches(config, base, data, track)
     adapters = prepare_model(config, model, is_shared=is_shared, is_resumed=resume)
+    if config.model.compile:  # not in prepare_model: `check` would wait for minutes to time a step
+        compile_blocks(model.unet)
     trainer = _assemble(config, run, accelerator, model, data, latents, text, adapters, previewer)
     if resume:
         resume_from_newest(trainer)
@@ -223,6 +228,7 @@ def _plan(config: TrainConfig, steps: int, accelerator: Accelerator) -> Plan:
         log_every=config.run.log_every,
         loader_workers=config.run.loader_workers,
         launch=_launch(config, accelerator),
+        compiles=config.model.compile,
     )
 
 

@@ -118,7 +118,9 @@ class _JointLoRALinear(torch.autograd.Function):
 
 def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """The product a @ b times `scale`, as one operation that rounds once."""
-    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)  # with beta 0 the sum's first part is not read
+    # With beta 0 the sum's first part is not read, but inductor may turn this into a sum after all.
+    unread = a.new_zeros(()) if torch.compiler.is_compiling() else a.new_empty(())
+    return torch.addmm(unread, a, b, beta=0, alpha=scale)
 
 
 def _rows(tensor: Tensor) -> Tensor:

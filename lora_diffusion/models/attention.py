@@ -107,6 +107,10 @@ class FasterOnCPU(AttnProcessor2_0):
     MAX_PLAIN_PAIRS = 300**2
     MAX_PLAIN_PAIRS_OF_BF16_WITHOUT_AMX = 1024**2
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._has_amx = _has_amx()  # asked here, as it cannot be where a block is compiled
+
     def __call__(
         self,
         attn: Attention,
@@ -122,7 +126,7 @@ class FasterOnCPU(AttnProcessor2_0):
         return compute(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
 
     def _max_plain_pairs(self, dtype: torch.dtype) -> int:
-        has_slow_kernel = dtype == torch.bfloat16 and not _has_amx()
+        has_slow_kernel = dtype == torch.bfloat16 and not self._has_amx
         return self.MAX_PLAIN_PAIRS_OF_BF16_WITHOUT_AMX if has_slow_kernel else self.MAX_PLAIN_PAIRS
 
 

@@ -23,3 +23,5 @@ class Plan:
     log_every: int = 1
     loader_workers: int = 0
     launch: Launch = "eager"
+    compiles: bool = False
+    """Whether blocks are compiled when they are first computed: such a step takes minutes."""

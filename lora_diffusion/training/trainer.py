@@ -22,6 +22,7 @@ from lora_diffusion.runs import RunFolder
 from lora_diffusion.training.batches import Batch, BatchSource, load_batches
 from lora_diffusion.training.checkpoint import Checkpoint, save_checkpoint
 from lora_diffusion.training.export import Exporter
+from lora_diffusion.training.heartbeat import kept_alive
 from lora_diffusion.training.optimizers import drop_ended_gradients, has_ended, set_learning_rate
 from lora_diffusion.training.plan import Plan
 from lora_diffusion.training.previews import Previewer
@@ -82,7 +83,8 @@ class Trainer:
         """
         self.begin()
         try:
-            with self.stop.listen(), self._console.open(self.step):
+            alive = kept_alive(self._beat) if self.plan.compiles else nullcontext()
+            with self.stop.listen(), self._console.open(self.step), alive:
                 while not self.is_over():
                     self.train_step()
                 self._settle()
