@@ -19,7 +19,7 @@ def kept_alive(beat: Callable[[], None], every_s: float = _EVERY_S) -> Generator
             with suppress(OSError):
                 beat()
 
-    thread = threading.Thread(target=run, daemon=True)
+    thread = threading.Thread(target=run, name="heartbeat", daemon=True)
     thread.start()
     try:
         yield

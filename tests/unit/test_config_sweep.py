@@ -171,3 +171,9 @@ def test_the_command_tells_errors_before_it_loads_torch(tmp_path: Path) -> None:
     assert told.exit_code == 2 and "--vary adapter.rnk=1: unknown key" in told.output
     told = CliRunner().invoke(app, ["sweep", "--config", config, "--config", config, "--vary", "run.seed=1,2"])
     assert told.exit_code == 2 and "use one" in told.output
+
+
+def test_a_sweep_is_not_compiled(tmp_path: Path) -> None:
+    members = grid(write(tmp_path, model={"compile": True}), [], [parse_variation("run.seed=1,2")])
+    with pytest.raises(UserError, match=r"model\.compile is true"):
+        check_together(members)
