@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from lora_diffusion.adapters.base import Adapter, Layer
 from lora_diffusion.adapters.fused import joint_lora_linear
 from lora_diffusion.adapters.lora import LoRA
+from lora_diffusion.adapters.stacked import stackable, stacked_lora_linear
+from lora_diffusion.adapters.together import ALIGNED
 
 
 class JointLayout:
@@ -44,6 +47,9 @@ class JointAdapters(nn.Module):
     for one training must not freeze the others.
     """
 
+    together: JointTogether | None = None
+    """What computes this layer and others with the same input, for whoever calls them all."""
+
     def __init__(self, base: Layer, layout: JointLayout, adapters: Mapping[int, Adapter]) -> None:
         """adapters: by number of the training. Raises ValueError if one of them wraps another layer than `base`."""
         super().__init__()
@@ -55,12 +61,14 @@ class JointAdapters(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (all rows of the layout, …)."""
-        adapters = [self._adapters.get(training) for training, _ in self.layout.shares]
+        adapters = self.present()
         if all(adapter is None for adapter in adapters):
             return self.base(x)
         if len(adapters) == 1 and adapters[0] is not None:
             return adapters[0](x)
         rows = [count for _, count in self.layout.shares]
+        if loras := stackable(x, rows, [[own] for own in adapters]):
+            return stacked_lora_linear(x, self.base.weight, self.base.bias, loras)[0]
         fused = [own for own in adapters if isinstance(own, LoRA) and own.is_fused(x)]
         if isinstance(self.base, nn.Linear) and len(fused) == len(adapters):
             scales = [own.strength * own.scale for own in fused]
@@ -74,3 +82,40 @@ class JointAdapters(nn.Module):
             for own, part, made in zip(adapters, given, torch.split(output, rows), strict=True)
         ]
         return torch.cat(changed)
+
+    def present(self) -> list[Adapter | None]:
+        """The adapter of each training in the layout."""
+        return [self._adapters.get(training) for training, _ in self.layout.shares]
+
+
+class JointTogether:
+    """Joint layers that are given the same input, as q, k and v are: one product for all, where the LoRAs allow it.
+
+    Their frozen weights become parts of one tensor.
+    """
+
+    def __init__(self, layers: Sequence[JointAdapters]) -> None:
+        """layers: of which `can_join_together` is true."""
+        self.layers = tuple(layers)
+        self.weight = torch.cat([layer.base.weight.detach() for layer in layers])  # (k · out, in)
+        for layer, part in zip(layers, self.weight.chunk(len(layers)), strict=True):
+            layer.base.weight.data = part
+            layer.together = self
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What each layer makes of x: (all rows of the layout, …, in)."""
+        shares = self.layers[0].layout.shares
+        by_training = list(zip(*(layer.present() for layer in self.layers), strict=True))
+        if len(shares) > 1 and (loras := stackable(x, [count for _, count in shares], by_training)):
+            return stacked_lora_linear(x, self.weight, None, loras)
+        return tuple(layer(x) for layer in self.layers)
+
+
+def can_join_together(layers: Sequence[nn.Module]) -> TypeGuard[Sequence[JointAdapters]]:
+    """Whether `JointTogether` takes these layers: joint, around plain ones of one shape without bias."""
+    joint = [layer for layer in layers if isinstance(layer, JointAdapters)]
+    kinds = {(type(layer.base), layer.base.weight.shape, layer.base.weight.dtype) for layer in joint}
+    if len(joint) < len(layers) or len(kinds) != 1 or any(layer.base.bias is not None for layer in joint):
+        return False
+    ((kind, shape, _),) = kinds
+    return kind is nn.Linear and shape[0] % ALIGNED == 0

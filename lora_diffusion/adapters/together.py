@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from lora_diffusion.adapters.base import Layer
 from lora_diffusion.adapters.lora import LoRA
 
-_ALIGNED = 8  # numbers of 2 bytes: matrix units and fused attention want rows that begin at multiples of 16 bytes
+ALIGNED = 8  # numbers of 2 bytes: matrix units and fused attention want rows that begin at multiples of 16 bytes
 
 
 def can_go_together(loras: Sequence[LoRA | None]) -> TypeGuard[Sequence[LoRA]]:
@@ -22,7 +22,7 @@ def can_go_together(loras: Sequence[LoRA | None]) -> TypeGuard[Sequence[LoRA]]:
     if len(there) < len(loras) or len(kinds) != 1 or any(lora.dropout_seed is not None for lora in there):
         return False
     ((outputs, inputs), _, rank, _, strength), *_ = kinds
-    return strength != 0 and not any(size % _ALIGNED for size in (outputs, inputs, len(loras) * rank))
+    return strength != 0 and not any(size % ALIGNED for size in (outputs, inputs, len(loras) * rank))
 
 
 def _is_plain(base: Layer) -> bool:

@@ -13,33 +13,19 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lora_diffusion.adapters.joint import JointLayout
+from lora_diffusion.adapters.joint import JointLayout, JointTogether, can_join_together
 from lora_diffusion.errors import RunError, UserError
+from lora_diffusion.models.attention import projections_with_one_input
 from lora_diffusion.models.base import Conditioning
 from lora_diffusion.training.batches import Batch
+from lora_diffusion.training.quiet_step import QuietStep
+from lora_diffusion.training.shares import Share, joint_losses, of_equal_shapes
 from lora_diffusion.training.signals import StopRequest
-from lora_diffusion.training.step import DenoisingLoss
 from lora_diffusion.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Share:
-    """One training's micro-batch in a common forward pass. number: of the training in the layout."""
-
-    number: int
-    loss: DenoisingLoss
-    batch: Batch
-    text: Conditioning
-
-    @property
-    def shapes(self) -> tuple[object, ...]:
-        """Micro-batches of equal shapes fit into one pass."""
-        pooled = None if self.text.pooled is None else self.text.pooled.shape[1:]
-        return (self.batch.latents.shape[1:], self.text.hidden.shape[1:], pooled)
 
 
 @dataclass
@@ -60,15 +46,19 @@ class JointTrainer:
     on_failure: Callable[[int, Exception], None]
     stop: StopRequest = field(default_factory=StopRequest)
     _active: dict[int, Trainer] = field(init=False)
+    _quiet_step: QuietStep | None = field(default=None, init=False)
 
     def fit(self) -> None:
         """Train every member to its last step, or until it or all are asked to stop."""
         self.begin()
-        with self.stop.listen():
-            while self._active:
-                self._let_go()
-                if self._active:
-                    self.train_step()
+        try:
+            with self.stop.listen():
+                while self._active:
+                    self._let_go()
+                    if self._active:
+                        self.train_step()
+        finally:
+            self.end()
 
     def begin(self) -> None:
         """What comes before the first step, for every member."""
@@ -76,13 +66,25 @@ class JointTrainer:
         for number, trainer in self._now():
             self._alone(number, trainer.begin)
 
+    def end(self) -> None:
+        """No further step is made."""
+        for _, trainer in self._now():
+            trainer.end_quietly()
+
+    def _leave(self, number: int) -> None:
+        trainer = self._active.pop(number, None)
+        if trainer is not None:
+            trainer.end_quietly()
+        if trainer is not None and self._active and self._quiet_step is not None:
+            self._quiet_step.forget_graphs()
+
     def _alone(self, number: int, action: Callable[[], T]) -> T | None:
         """Do one member's own work: the model then holds its adapter alone, and an error ends this member only."""
         with self.layout.only(number), self.speaking(number):
             try:
                 return action()
             except (RunError, UserError, OSError) as error:
-                self._active.pop(number, None)
+                self._leave(number)
                 self.on_failure(number, error)
                 return None
 
@@ -92,18 +94,21 @@ class JointTrainer:
             trainer.stop.reason = trainer.stop.reason or self.stop.reason
             if trainer.is_over():
                 self._alone(number, lambda n=number, t=trainer: self.on_end(n, t.finish()))
-                self._active.pop(number, None)
+                self._leave(number)
 
     def train_step(self) -> None:
         """One optimiser step of every member. Those with more micro-batches go on when the others have theirs."""
         started = time.perf_counter()
+        if all(trainer.plan.launch != "eager" for trainer in self.members):
+            self._train_quietly(started)
+            return
         drawn = {number: self._alone(number, trainer.next_micro_batches) for number, trainer in self._now()}
         batches = {number: found for number, found in drawn.items() if found is not None}
         totals = {number: torch.zeros((), device=batches[number][0].latents.device) for number in batches}
         for index in range(max((len(found) for found in batches.values()), default=0)):
             present = [number for number in batches if number in self._active and index < len(batches[number])]
             shares = [share for number in present if (share := self._share(number, index, batches[number][index]))]
-            for group in _of_equal_shapes(shares):
+            for group in of_equal_shapes(shares):
                 for share, loss in zip(group, self._backward(group, index), strict=True):
                     totals[share.number] += loss
         made = {n: self._alone(n, lambda t=t, n=n: t.update(totals[n], batches[n])) for n, t in self._now()}
@@ -111,6 +116,27 @@ class JointTrainer:
         for number, trainer in self._now():
             if values := made[number]:
                 self._alone(number, lambda t=trainer, values=values: t.end_step(values, seconds))
+
+    def _train_quietly(self, started: float) -> None:
+        """The same step, of which the host learns later how it went."""
+        if self._quiet_step is None:
+            self._quiet_step = self._start_quietly()
+        drawn = {number: self._alone(number, trainer.next_inputs) for number, trainer in self._now()}
+        if inputs := {number: found for number, found in drawn.items() if found is not None}:
+            self._quiet_step(inputs)
+        for number, trainer in self._now():
+            self._alone(number, lambda t=trainer: t.end_launch(started))
+        for number, trainer in self._now():
+            self._alone(number, trainer.do_what_is_due)
+
+    def _start_quietly(self) -> QuietStep:
+        for layers in projections_with_one_input(self.members[0].loss):
+            if can_join_together(layers):
+                JointTogether(layers)
+        num_beside = len(self._active) - 1
+        members = {number: trainer.start_quietly(num_beside) for number, trainer in self._now()}
+        as_graph = all(trainer.plan.launch == "graph" for trainer in self.members)
+        return QuietStep(members, self.layout, self.members[0].accelerator.device, as_graph=as_graph)
 
     def _now(self) -> list[tuple[int, Trainer]]:
         return list(self._active.items())
@@ -131,7 +157,7 @@ class JointTrainer:
         """Adds to the gradients of the group's members; returns each one's part of its loss, detached."""
         trainers = [self.members[share.number] for share in group]
         with ExitStack() as stack:
-            stack.enter_context(self.layout.divided([(s.number, len(s.batch.latents)) for s in group]))
+            stack.enter_context(self.layout.divided([(s.number, s.num_rows) for s in group]))
             for trainer in trainers:
                 stack.enter_context(trainer.dropout(index))
             with trainers[0].accelerator.autocast():  # as accelerate wraps the loss of a training alone
@@ -140,20 +166,3 @@ class JointTrainer:
             scaled = [trainer.scaled(part) for trainer, part in zip(trainers, parts, strict=True)]
             torch.stack(scaled).sum().backward()
         return [part.detach() for part in parts]
-
-
-def joint_losses(shares: Sequence[Share]) -> list[Tensor]:
-    """The weighted losses of each share's samples, (B,) float32, from one forward pass over all of them."""
-    noisy = torch.cat([share.loss.noisy(share.batch) for share in shares])
-    timesteps = torch.cat([share.batch.timesteps for share in shares])
-    conditioning = Conditioning.cat([share.text.with_size(share.batch.sizes) for share in shares])
-    prediction = shares[0].loss.model.predict(noisy, timesteps, conditioning)
-    parts = prediction.split([len(share.batch.latents) for share in shares])
-    return [share.loss.compare(share.batch, part) for share, part in zip(shares, parts, strict=True)]
-
-
-def _of_equal_shapes(shares: Sequence[Share]) -> list[list[Share]]:
-    groups: dict[tuple[object, ...], list[Share]] = {}
-    for share in shares:
-        groups.setdefault(share.shapes, []).append(share)
-    return list(groups.values())

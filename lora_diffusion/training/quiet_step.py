@@ -1,23 +1,27 @@
 """The optimiser step that GPUs run: all of it on the device, launched without waiting for any value.
 
-It computes what `Trainer` computes eagerly. Values for the log arrive some steps late; a loss that is not finite is
-noticed as late, but has changed nothing (see `QuietUpdate`).
+It computes what `Trainer` computes eagerly, for one training or for several that share the base. Values for the log
+arrive some steps late; a loss that is not finite is noticed as late, but has changed nothing (see `QuietUpdate`).
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
+from lora_diffusion.adapters.joint import JointLayout
 from lora_diffusion.models.base import Conditioning
 from lora_diffusion.training.batches import Batch
 from lora_diffusion.training.graph import StepGraphs
 from lora_diffusion.training.prefetch import Copier, Prefetcher
+from lora_diffusion.training.shares import Share, joint_losses, of_equal_shapes
+from lora_diffusion.training.step import DenoisingLoss
 from lora_diffusion.training.update import QuietUpdate
 from lora_diffusion.training.working_copies import WorkingCopies
 
@@ -34,58 +38,101 @@ class Reading:
     grad_norm: float
 
 
-class QuietStep:
-    """One optimiser step as a function of tensors: gradients of all micro-batches, clipping, update."""
+class QuietMember:
+    """What a step trains: one adapter, by its own loss, clipping and optimiser."""
 
     def __init__(
         self,
-        loss: nn.Module,
+        loss: DenoisingLoss,
+        adapters: Iterable[nn.Module],
         optimizer: torch.optim.Optimizer,
         parameters: Sequence[nn.Parameter],
         max_norm: float,
-        device: torch.device,
-        *,
-        as_graph: bool,
     ) -> None:
-        """loss: a `DenoisingLoss`. optimizer: fused AdamW over `parameters`, which are on `device`.
-
-        as_graph: replay CUDA graphs, one per shape of the inputs; False launches every operation.
-        """
-        self._loss = loss
+        """adapters: in the model of `loss` or joined into it. optimizer: fused AdamW over `parameters`."""
+        self.loss = loss
+        self.device = parameters[0].device
         self._optimizer = optimizer
         for group in optimizer.param_groups:  # read by the graph when it runs, and so a tensor
-            group["lr"] = torch.tensor(float(group["lr"]), device=device)
-            group["capturable"] = device.type == "cuda"
-        self._copies = WorkingCopies(loss)
+            group["lr"] = torch.tensor(float(group["lr"]), device=self.device)
+            group["capturable"] = self.device.type == "cuda"
+        self._copies = WorkingCopies(loss, adapters)
         copied = set(map(id, self._copies.parameters))
         rest = [parameter for parameter in parameters if id(parameter) not in copied]
         self._update = QuietUpdate(optimizer, [*self._copies.parameters, *rest], max_norm)
-        self._values = torch.zeros(2, device=device)
-        self._run: Callable[[Mapping[str, Tensor]], None] = StepGraphs(self._step, device) if as_graph else self._step
+        self.values = torch.zeros(2, device=self.device)
+        """(loss, norm of the gradients) of the last step, on the device, until the next one."""
 
-    def __call__(self, inputs: Mapping[str, Tensor], rates: Sequence[float]) -> Tensor:
-        """inputs: see `inputs_of` and `inputs_of_texts`. rates: the learning rate of each parameter group.
-
-        Returns (loss, norm of the gradients), on the device, until the next call.
-        """
+    def set_rates(self, rates: Sequence[float]) -> None:
+        """rates: the learning rate of each parameter group in the next step."""
         for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
             group["lr"].fill_(rate)
-        self._run(inputs)
-        return self._values
+
+    @contextmanager
+    def passes(self) -> Iterator[None]:
+        """Inside are the forward and backward passes of one step. Each is followed by `gather`."""
+        self._update.zero_gradients()
+        self.values.zero_()
+        with self._copies:
+            yield
+
+    def gather(self, loss: Tensor) -> None:
+        """loss: what the backward pass came from, detached."""
+        self._copies.gather(self._update.gradients)
+        self.values[0].add_(loss)
+
+    def update(self) -> None:
+        self.values[1].copy_(self._update.apply(self.values[0]))
+
+
+class QuietStep:
+    """One optimiser step of all members as a function of tensors: gradients of all micro-batches, clipping, updates."""
+
+    def __init__(
+        self, members: Mapping[int, QuietMember], layout: JointLayout, device: torch.device, *, as_graph: bool
+    ) -> None:
+        """members: by number in `layout`. device: where their parameters are.
+
+        as_graph: replay CUDA graphs, one per shape of the inputs; False launches every operation.
+        """
+        self._members = members
+        self._layout = layout
+        self._device = device
+        self._as_graph = as_graph
+        self.forget_graphs()
+
+    def forget_graphs(self) -> None:
+        """To be called when a member will be in no further step: every graph has its part of the step in it."""
+        if self._as_graph:
+            torch.cuda.synchronize(self._device)
+        self._run = StepGraphs(self._step, self._device) if self._as_graph else self._step
+
+    def __call__(self, inputs: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """A step of the members whose inputs are given: see `inputs_of` and `inputs_of_texts`."""
+        self._run({f"{number}.{name}": tensor for number, own in inputs.items() for name, tensor in own.items()})
 
     def _step(self, inputs: Mapping[str, Tensor]) -> None:
-        self._update.zero_gradients()
-        total = torch.zeros_like(self._values[0])
-        with self._copies:
-            for index in range(num_micro_batches(inputs)):
-                batch, text = _batch_of(inputs, index)
-                losses: Tensor = self._loss(batch, text)  # (B,)
-                loss = (losses * batch.weights).sum()
-                loss.backward()
-                self._copies.gather(self._update.gradients)
-                total += loss.detach()
-        norm = self._update.apply(total)
-        self._values.copy_(torch.stack([total, norm]))
+        by_index: dict[int, list[Share]] = {}
+        for number, index in _micro_batches(inputs):
+            batch, text = _batch_of(inputs, f"{number}.{index}")
+            by_index.setdefault(index, []).append(Share(number, self._members[number].loss, batch, text))
+        present = [self._members[share.number] for share in by_index[0]]
+        with ExitStack() as stack:
+            for member in present:
+                stack.enter_context(member.passes())
+            for shares in by_index.values():
+                for group in of_equal_shapes(shares):
+                    self._backward(group)
+        for member in present:
+            member.update()
+
+    def _backward(self, group: Sequence[Share]) -> None:
+        with self._layout.divided([(share.number, share.num_rows) for share in group]):
+            losses = joint_losses(group)  # (B,) each
+            parts = [(own * share.batch.weights).sum() for own, share in zip(losses, group, strict=True)]
+            torch.autograd.backward(parts)
+        for share, part in zip(group, parts, strict=True):
+            self._members[share.number].gather(part.detach())
 
 
 def inputs_of(batches: Sequence[Batch]) -> dict[str, Tensor]:
@@ -98,33 +145,34 @@ def inputs_of_texts(texts: Sequence[Conditioning]) -> dict[str, Tensor]:
     return {f"{i}.text.{name}": tensor for i, text in enumerate(texts) for name, tensor in text.texts().items()}
 
 
-def num_micro_batches(inputs: Mapping[str, Tensor]) -> int:
-    return sum(name.endswith(".latents") for name in inputs)
+def _micro_batches(inputs: Mapping[str, Tensor]) -> list[tuple[int, int]]:
+    """(number of the member, index of the micro-batch) of all, the first of each member first."""
+    names = (name.split(".") for name in inputs if name.endswith(".latents"))
+    return sorted(((int(number), int(index)) for number, index, _ in names), key=lambda place: place[::-1])
 
 
-def _batch_of(inputs: Mapping[str, Tensor], index: int) -> tuple[Batch, Conditioning]:
-    batch = Batch(**{name: inputs[f"{index}.{name}"] for name in _FIELDS}, captions=(), names=())
-    pooled = inputs.get(f"{index}.text.pooled")
-    return batch, Conditioning(inputs[f"{index}.text.hidden"], pooled)
+def _batch_of(inputs: Mapping[str, Tensor], place: str) -> tuple[Batch, Conditioning]:
+    batch = Batch(**{name: inputs[f"{place}.{name}"] for name in _FIELDS}, captions=(), names=())
+    pooled = inputs.get(f"{place}.text.pooled")
+    return batch, Conditioning(inputs[f"{place}.text.hidden"], pooled)
 
 
 class QuietLoop:
-    """Runs a `QuietStep` over batches that a thread makes ahead, and tells later what came of each step."""
+    """One member's side of quiet steps: batches that a thread makes ahead, and later what came of each step."""
 
     def __init__(
         self,
-        step: QuietStep,
+        member: QuietMember,
         batches: Iterator[Batch],
         accumulation: int,
         texts: Callable[[Sequence[str]], Conditioning],
-        device: torch.device,
     ) -> None:
         """batches: micro-batches, on the host. texts: captions → their encoding, on the device."""
-        self._step = step
+        self.member = member
         self._texts = texts
-        self._device = device
+        self._next: tuple[Sequence[Batch], float] | None = None
         self._waiting: deque[tuple[Sequence[Batch], float, Tensor, torch.cuda.Event | None]] = deque()
-        copier = Copier(device)
+        copier = Copier(member.device)
 
         def prepared() -> Iterator[tuple[list[Batch], Callable[[], dict[str, Tensor]]]]:
             while micro_batches := list(islice(batches, accumulation)):
@@ -132,12 +180,19 @@ class QuietLoop:
 
         self._prepared = Prefetcher(prepared())
 
-    def run(self, rates: Sequence[float]) -> None:
-        """Launch the next step. rates: the learning rate of each parameter group."""
+    def next_inputs(self, rates: Sequence[float]) -> dict[str, Tensor]:
+        """Of the next step. rates: its learning rate of each parameter group."""
         micro_batches, take = next(self._prepared)
         texts = inputs_of_texts([self._texts(batch.captions) for batch in micro_batches])
-        values = self._step(take() | texts, rates)
-        self._waiting.append((micro_batches, rates[0], *self._on_its_way(values)))
+        self.member.set_rates(rates)
+        self._next = micro_batches, rates[0]
+        return take() | texts
+
+    def launched(self) -> None:
+        """The step has been launched: its values are on their way."""
+        assert self._next is not None
+        self._waiting.append((*self._next, *_on_its_way(self.member.values)))
+        self._next = None
 
     def readings(self, *, owed: int) -> list[Reading]:
         """Of the steps whose values have arrived, in order. Waits until those of at most `owed` are missing."""
@@ -156,15 +211,16 @@ class QuietLoop:
         """End the thread. What was launched still ends."""
         self._prepared.close()
 
-    def _on_its_way(self, values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-        """A copy on the host, and the event after which it holds the values."""
-        if self._device.type != "cuda":
-            return values.clone(), None
-        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        host.copy_(values, non_blocking=True)
-        has_arrived = torch.cuda.Event()
-        has_arrived.record()
-        return host, has_arrived
+
+def _on_its_way(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """A copy on the host, and the event after which it holds the values."""
+    if not values.is_cuda:
+        return values.clone(), None
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    has_arrived = torch.cuda.Event()
+    has_arrived.record()
+    return host, has_arrived
 
 
 class ResidentTexts:

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from lora_diffusion.adapters.joint import JointLayout
 from lora_diffusion.data.cache import TextCache
 from lora_diffusion.errors import RunError, UserError
 from lora_diffusion.models.base import Conditioning
@@ -26,7 +27,7 @@ from lora_diffusion.training.heartbeat import kept_alive
 from lora_diffusion.training.optimizers import drop_ended_gradients, has_ended, set_learning_rate
 from lora_diffusion.training.plan import Plan
 from lora_diffusion.training.previews import Previewer
-from lora_diffusion.training.quiet_step import QuietLoop, QuietStep, ResidentTexts
+from lora_diffusion.training.quiet_step import QuietLoop, QuietMember, QuietStep, ResidentTexts
 from lora_diffusion.training.regularise import Regulariser
 from lora_diffusion.training.signals import StopRequest
 from lora_diffusion.training.step import DenoisingLoss, cached_text
@@ -71,6 +72,7 @@ class Trainer:
     _console: Console = field(init=False)
     _batches: Iterator[Batch] = field(init=False)
     _quiet: QuietLoop | None = field(default=None, init=False)
+    _quiet_step: QuietStep | None = field(default=None, init=False)
     _seconds_per_step: float = field(default=0.0, init=False)
     _saved_step: int = field(default=-1, init=False)
     _heartbeat: float = field(default=0.0, init=False)
@@ -89,7 +91,7 @@ class Trainer:
                     self.train_step()
                 self._settle()
         finally:
-            self._end_quiet_loop()
+            self.end_quietly()
         return self.finish()
 
     def begin(self) -> None:
@@ -170,10 +172,34 @@ class Trainer:
 
     def _train_quietly(self, started: float) -> None:
         """The same step, of which the host learns later how it went."""
-        if self._quiet is None:
-            self._quiet = self._start_quiet_loop()
+        if self._quiet_step is None:
+            members, device = {0: self.start_quietly()}, self.accelerator.device
+            self._quiet_step = QuietStep(members, JointLayout(), device, as_graph=self.plan.launch == "graph")
+        self._quiet_step({0: self.next_inputs()})
+        self.end_launch(started)
+        self.do_what_is_due()
+
+    def start_quietly(self, num_beside: int = 0) -> QuietMember:
+        """Its part of steps that are launched with `next_inputs`, after each of which `end_launch` is called.
+
+        num_beside: other trainings with which the device's memory for texts is shared.
+        """
+        assert self.text is not None, "a text encoder that is trained encodes inside the step"
+        adapters = [adapter for by_path in self.exporter.adapters.values() for adapter in by_path.values()]
+        member = QuietMember(self.loss, adapters, self.optimizer, self.parameters, self.plan.max_grad_norm)
+        texts = ResidentTexts(self.text.get, self.accelerator.device, _RESIDENT_TEXT_BYTES // (1 + num_beside))
+        self._quiet = QuietLoop(member, self._batches, self.plan.accumulation, texts)
+        return member
+
+    def next_inputs(self) -> dict[str, Tensor]:
+        assert self._quiet is not None
         factor = self.learning_rate_curve(self.step)
-        self._quiet.run([group["peak_lr"] * factor for group in self.optimizer.param_groups])
+        return self._quiet.next_inputs([group["peak_lr"] * factor for group in self.optimizer.param_groups])
+
+    def end_launch(self, started: float) -> None:
+        """What is told and measured after a step was launched. started: when its making began."""
+        assert self._quiet is not None
+        self._quiet.launched()
         self.step += 1
         self._num_owed += 1
         validation = self._validate()
@@ -181,26 +207,12 @@ class Trainer:
             self._measure_speed(time.perf_counter() - started)  # the first line wants a number, too
         self._settle(0 if validation else _STEPS_AHEAD, validation)
         self._measure_speed(time.perf_counter() - started)
-        self._do_what_is_due()
 
-    def _start_quiet_loop(self) -> QuietLoop:
-        assert self.text is not None, "a text encoder that is trained encodes inside the step"
-        device = self.accelerator.device
-        step = QuietStep(
-            self.loss,
-            self.optimizer,
-            self.parameters,
-            self.plan.max_grad_norm,
-            device,
-            as_graph=self.plan.launch == "graph",
-        )
-        texts = ResidentTexts(self.text.get, device, _RESIDENT_TEXT_BYTES)
-        return QuietLoop(step, self._batches, self.plan.accumulation, texts, device)
-
-    def _end_quiet_loop(self) -> None:
+    def end_quietly(self) -> None:
+        """No further step is launched; the thread that makes batches ends."""
         if self._quiet is not None:
             self._quiet.close()
-            self._quiet = None
+            self._quiet = self._quiet_step = None
 
     def _settle(self, owed: int = 0, last: dict[str, float] | None = None) -> None:
         """Log the steps whose values have arrived; wait until at most `owed` are missing. Nothing is kept before.
@@ -215,7 +227,7 @@ class Trainer:
             for value, what in ((reading.loss, "loss"), (reading.grad_norm, "gradient norm")):
                 if not math.isfinite(value):
                     self.step = step - 1  # nothing has been changed since
-                    self._end_quiet_loop()
+                    self.end_quietly()
                     self._check_finite(value, what, reading.lr, reading.batches)
             values = {"loss": reading.loss, "lr": reading.lr, "grad_norm": reading.grad_norm}
             self._log(step, values | (last or {}) if step == self.step else values)
@@ -265,7 +277,7 @@ class Trainer:
         """What is due after an update. values: what it returned. seconds: what the step took."""
         self._measure_speed(seconds)
         self._log(self.step, values | self._validate())
-        self._do_what_is_due()
+        self.do_what_is_due()
 
     def _validate(self) -> dict[str, float]:
         if self.validator is None or not _is_due(self.step, self.plan.validate_every, self.plan.steps):
@@ -282,7 +294,7 @@ class Trainer:
             )
         self._console.show(step, values["loss"], values["lr"], self._seconds_per_step)
 
-    def _do_what_is_due(self) -> None:
+    def do_what_is_due(self) -> None:
         plan = self.plan
         self._beat()
         if _is_due(self.step, plan.preview_every, plan.steps):

@@ -7,6 +7,7 @@ fast GPU those take longer than the products. Layers with the same input are com
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,13 @@ class WorkingCopies:
     product that made it, as it is where a layer casts for itself.
     """
 
-    def __init__(self, root: nn.Module) -> None:
-        """root: what has the LoRAs. Their parameters become parts of one tensor; they stay the same objects."""
-        loras = {id(lora): lora for lora in root.modules() if isinstance(lora, LoRA) and _can_copy(lora)}
+    def __init__(self, root: nn.Module, adapters: Iterable[nn.Module] = ()) -> None:
+        """root: what has the LoRAs. Their parameters become parts of one tensor; they stay the same objects.
+
+        adapters: further ones, of `JointAdapters` in `root`, whose modules they are not.
+        """
+        modules = chain(root.modules(), *(adapter.modules() for adapter in adapters))
+        loras = {id(lora): lora for lora in modules if isinstance(lora, LoRA) and _can_copy(lora)}
         groups = [[loras.get(id(layer)) for layer in group] for group in projections_with_one_input(root)]
         self._groups = [Together(group) for group in groups if can_go_together(group)]
         grouped = {id(lora) for group in self._groups for lora in group.loras}

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from lora_diffusion.adapters.base import Adapter, Dropout, Layer
 from lora_diffusion.adapters.inject import join, select_layers
-from lora_diffusion.adapters.joint import JointAdapters, JointLayout
+from lora_diffusion.adapters.joint import JointAdapters, JointLayout, JointTogether, can_join_together
 from lora_diffusion.adapters.kinds import ADAPTERS
+from lora_diffusion.adapters.lora import LoRA
 from lora_diffusion.streams import stream
 
 KINDS = tuple(ADAPTERS)
@@ -180,3 +181,75 @@ def test_an_adapter_of_another_layer_is_refused() -> None:
     adapter = make_adapters(make_layer("linear"))[0]
     with pytest.raises(ValueError, match="another layer"):
         JointAdapters(make_layer("linear"), JointLayout(), {0: adapter})
+
+
+def layer_with_copies(
+    index: int, dtype: torch.dtype, layout: JointLayout, *, bias: bool
+) -> tuple[JointAdapters, list[LoRA]]:
+    """A linear layer and the LoRAs of three trainings on it, which read copies in its dtype."""
+    base = nn.Linear(16, 24, bias=bias)
+    for parameter in base.parameters():
+        nn.init.normal_(parameter, std=0.3, generator=stream(index, "base", parameter.ndim))
+    loras = [LoRA(base.to(dtype), 4, 6.0) for _ in range(3)]
+    for number, lora in enumerate(loras):
+        down, up = (
+            torch.randn(p.shape, generator=stream(index, "factors", number, p.shape[0])).to(dtype).requires_grad_()
+            for p in lora.trained()
+        )
+        lora.copies = (down, up)
+    return JointAdapters(base, layout, dict(enumerate(loras))), loras
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_loras_of_equal_shapes_are_computed_at_once_to_the_same_numbers(
+    count: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    """Tolerances: relative errors of norms that some roundings make."""
+    layout = JointLayout()
+    made = [layer_with_copies(index, dtype, layout, bias=count == 1) for index in range(count)]
+    layers = [layer for layer, _ in made]
+    leaves = [factor for _, loras in made for lora in (loras[2], loras[0]) for factor in lora.copies or ()]
+    x = torch.randn(4, 5, 16, generator=stream(0, "x")).to(dtype).requires_grad_()
+    directions = [torch.randn(4, 5, 24, generator=stream(index, "out")).to(dtype) for index in range(count)]
+    apart = [torch.cat([loras[2](x[:2]), loras[0](x[2:])]) for _, loras in made]
+    expected = torch.autograd.grad(apart, [x, *leaves], directions)
+    frozen = [layer.base.weight.clone() for layer in layers]
+    with layout.divided([(2, 2), (0, 2)]):  # 1 is not there
+        if count == 1:
+            outputs = (layers[0](x),)
+        else:
+            assert can_join_together(layers)
+            outputs = JointTogether(layers)(x)
+        assert all("Stacked" in type(output.grad_fn).__name__ for output in outputs)
+        gradients = torch.autograd.grad(outputs, [x, *leaves], directions)
+
+    assert all(torch.equal(layer.base.weight, weight) for layer, weight in zip(layers, frozen, strict=True))
+    for got, want in zip([*outputs, *gradients], [*apart, *expected], strict=True):
+        assert got.shape == want.shape
+        assert (got - want).norm() < tolerance * want.norm()
+
+
+def test_what_differs_is_computed_one_training_after_the_other() -> None:
+    layout = JointLayout()
+    made = [layer_with_copies(index, torch.bfloat16, layout, bias=False) for index in range(2)]
+    layers = [layer for layer, _ in made]
+    assert can_join_together(layers)
+    together = JointTogether(layers)
+    x = torch.randn(4, 5, 16, generator=stream(0, "x")).to(torch.bfloat16)
+
+    def is_stacked(*shares: tuple[int, int]) -> bool:
+        with layout.divided(shares):
+            outputs = together(x[: sum(rows for _, rows in shares)])
+            return all("Stacked" in type(output.grad_fn).__name__ for output in outputs)
+
+    assert is_stacked((0, 1), (1, 1), (2, 1))
+    assert not is_stacked((0, 1), (1, 3))
+    assert not is_stacked((0, 4)), "as alone"
+    made[1][1][1].alpha = 3.0
+    assert not is_stacked((0, 2), (1, 2)), "of other scale"
+    assert is_stacked((0, 2), (2, 2))
+    made[0][1][2].copies = None
+    assert not is_stacked((0, 2), (2, 2)), "without copies"
+    assert not can_join_together([*layers, nn.Linear(16, 24)])
+    assert not can_join_together([layer_with_copies(0, torch.bfloat16, layout, bias=True)[0]])
