@@ -6,6 +6,12 @@ Per case a base, four LoRA adapters of rank 8 at batch 1, each with its own seed
 --unet sd15 its UNet is replaced by one of SD 1.5's architecture with random weights (3.4 GB in float32). Every round
 trains each adapter one step by itself and then all four one step together, so that whatever else the machine does falls
 on both alike. CPU seconds are those of this process; wall clock too, which on a busy machine says less. Medians.
+
+On a GPU steps are launched as users get them, as CUDA graphs: first each adapter is trained alone on the base, then all
+together. A round is 20 steps, and the time is that of the wall clock, per step; the first ones, in which kernels are
+chosen and graphs are captured, do not count. SD 1.5 at 512 px, that is with latents of 64 x 64, is
+
+    python -m benchmarks.many --unet sd15 --precision bf16 --resolution 256
 """
 
 from __future__ import annotations
@@ -31,6 +37,7 @@ from benchmarks.engine import hardware
 from lora_diffusion.adapters.inject import eject, join
 from lora_diffusion.adapters.joint import JointLayout
 from lora_diffusion.config import TrainConfig
+from lora_diffusion.models.attention import set_attention
 from lora_diffusion.models.base import DiffusionModel
 from lora_diffusion.models.load import load_model
 from lora_diffusion.models.precision import DTYPES, resolve_device
@@ -46,6 +53,7 @@ SD15 = {
     "attention_head_dim": 8,
     "norm_num_groups": 32,
 }  # of the published model's unet/config.json
+STEPS, WARM_UP = 20, 8  # on a GPU: of a round, and before the first
 CONFIG = """
 [run]
 name = "bench-{seed}"
@@ -53,6 +61,7 @@ output = "{folder}/bench-{seed}"
 steps = 10000
 batch_size = 1
 seed = {seed}
+precision = "{precision}"
 save_every = 0
 [model]
 path = "{base}"
@@ -63,6 +72,7 @@ targets = "{targets}"
 [[dataset]]
 path = "samples/neon"
 resolution = {resolution}
+buckets = false
 [preview]
 every = 0
 [cache]
@@ -88,6 +98,8 @@ def make_model(base: str, unet: str, dtype: torch.dtype) -> DiffusionModel:
                 else:
                     parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
         model.unet = large.requires_grad_(False).eval()
+        if device.type == "cuda":
+            set_attention(model.unet, "auto", device)
     return model
 
 
@@ -122,6 +134,55 @@ def measure(trainers: list[Trainer], layout: JointLayout, rounds: int) -> dict[s
     return {**medians, **ratios, "rounds": rows[1:]}
 
 
+def measure_on_gpu(model: DiffusionModel, configs: list[TrainConfig], rounds: int) -> dict[str, object]:
+    """Seconds of a step of each alone, summed, and of all together, launched as in `train` and in `sweep`."""
+    apart: list[list[float]] = []
+    for config in configs:
+        run = RunFolder(config.run.output.with_name(f"{config.run.name}-alone"))
+        run.path.mkdir(parents=True)
+        trainer = build_on(SharedBase(model), config, run, make_accelerator(config), resume=False, is_shared=True)
+        trainer.begin()
+        apart.append(_seconds_per_step(trainer.train_step, rounds))
+        trainer.end_quietly()
+        eject(model.unet, trainer.exporter.adapters["unet"])
+    peak_apart_gb = _peak_gb()
+    trainers, layout = make_trainers(model, configs)
+    together = JointTrainer(trainers, layout, lambda _: nullcontext(), lambda *_: None, lambda *_: None)
+    together.begin()
+    seconds = _seconds_per_step(together.train_step, rounds)
+    together.end()
+    apart_s, together_s = sum(statistics.median(own) for own in apart), statistics.median(seconds)
+    return {
+        "launch": trainers[0].plan.launch,
+        "apart_wall_s": apart_s,
+        "together_wall_s": together_s,
+        "ratio_wall_s": together_s / apart_s,
+        "peak_gb": {"one alone": peak_apart_gb, "together": _peak_gb()},
+        "rounds": {"apart": apart, "together": seconds},
+    }
+
+
+def _seconds_per_step(train_step: Callable[[], None], rounds: int) -> list[float]:
+    """Of each round."""
+    for _ in range(WARM_UP):
+        train_step()
+
+    def take_steps() -> None:
+        for _ in range(STEPS):
+            train_step()
+
+    return [dict(_timed(take_steps))["wall_s"] / STEPS for _ in range(rounds)]
+
+
+def _peak_gb() -> float:
+    """What torch's allocator held at most since the last call."""
+    if not torch.cuda.is_available():
+        return 0.0
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    torch.cuda.reset_peak_memory_stats()
+    return peak
+
+
 def _apart(trainers: list[Trainer], layout: JointLayout) -> None:
     for number, trainer in enumerate(trainers):
         with layout.only(number):  # bit for bit the adapter by itself
@@ -154,12 +215,16 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     model = make_model(arguments.base, arguments.unet, DTYPES[arguments.precision])
     values = {"base": arguments.base, "targets": arguments.targets, "resolution": arguments.resolution}
+    values["precision"] = arguments.precision
+    is_on_gpu = torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder:
         configs = [
             TrainConfig.parse(CONFIG.format(seed=seed, folder=folder, **values)) for seed in range(arguments.members)
         ]
-        trainers, layout = make_trainers(model, configs)
-        measured = measure(trainers, layout, arguments.rounds)
+        if is_on_gpu:
+            measured = measure_on_gpu(model, configs, arguments.rounds)
+        else:
+            measured = measure(*make_trainers(model, configs), arguments.rounds)
     result = {
         "date": date.today().isoformat(),
         "hardware": hardware(resolve_device("auto")),
@@ -173,7 +238,8 @@ def main() -> None:
         **measured,
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / f"many-{arguments.unet}.json").write_text(json.dumps(result, indent=2) + "\n")
+    name = f"many-{arguments.unet}-gpu.json" if is_on_gpu else f"many-{arguments.unet}.json"
+    (arguments.out / name).write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps({key: value for key, value in result.items() if key != "rounds"}, indent=2))
 
 

@@ -9,10 +9,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from lora_diffusion.adapters.inject import eject, join
 from lora_diffusion.adapters.joint import JointLayout
 from lora_diffusion.config_sweep import Member, check_together
 from lora_diffusion.errors import RunError, UserError
+from lora_diffusion.jobs.device_lock import NoLongerWanted, shared_device
 from lora_diffusion.models.base import DiffusionModel
 from lora_diffusion.models.precision import resolve_precision
 from lora_diffusion.progress import bar
@@ -22,6 +25,7 @@ from lora_diffusion.recipe_data import SharedBase
 from lora_diffusion.runs import RunFolder
 from lora_diffusion.sweep_pictures import draw_contact_sheet, draw_losses
 from lora_diffusion.training.joint import JointTrainer
+from lora_diffusion.training.signals import StopRequest
 from lora_diffusion.training.trainer import Trainer
 from lora_diffusion.training_run import begin_recorded, leave_behind, recorded
 
@@ -39,6 +43,7 @@ class _Run:
     folder: RunFolder
     resumes: bool
     error: BaseException | None = None
+    is_over: bool = False
     _open: ExitStack = field(default_factory=ExitStack)
 
     @property
@@ -55,7 +60,7 @@ class _Run:
 
     def close(self, error: BaseException | None = None) -> None:
         """error: what ended the run; it is written to its log and its state."""
-        self.error = error
+        self.error, self.is_over = error, True
         try:
             self._open.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)
         except (RunError, UserError) as told:
@@ -103,33 +108,61 @@ def _wanted(members: Sequence[Member], *, resume: bool) -> list[_Run]:
 
 
 def _train(runs: Sequence[_Run]) -> None:
-    left = dict(enumerate(runs))
+    config = runs[0].member.config
+    try:
+        for run in runs:
+            with _speaking(run.name), _blamed(run.member):
+                run.open()
+        with _device(runs, make_accelerator(config).device):
+            _train_together([run for run in runs if not run.is_over])
+    except NoLongerWanted:  # all were stopped, and say so
+        return
+    except BaseException as error:  # of the whole sweep: every member that is left says so
+        left = [run for run in runs if not run.is_over]
+        for run in left:
+            run.close(error)
+        told = next((run.error for run in left if run.error is not error), None)
+        if told is not None:  # out of memory, said so that one can act on it
+            raise RunError(f"{told} Or put fewer runs into the sweep.") from error
+        raise
 
+
+@contextmanager
+def _device(runs: Sequence[_Run], device: torch.device) -> Iterator[None]:
+    """Hold the device if whoever started this process wants that. A run that is stopped while waiting for it ends."""
+    stop = StopRequest()
+
+    def should_stop() -> bool:
+        for run in runs:
+            if not run.is_over and (stop or "stop" in run.folder.take_control()):
+                with _speaking(run.name):
+                    run.folder.end("stopped")
+                    logger.info("Stopped while waiting for the device; nothing was trained.")
+                    run.close()
+        return all(run.is_over for run in runs)
+
+    with ExitStack() as held:
+        with stop.listen():
+            what = f"a sweep of {len(runs)} runs, the first {runs[0].name}"
+            held.enter_context(shared_device(device.type, device.index, what, should_stop))
+        yield
+
+
+def _train_together(runs: Sequence[_Run]) -> None:
     def speaking(number: int) -> AbstractContextManager[None]:
         return _speaking(runs[number].name)
 
     def on_end(number: int, adapter: Path) -> None:
         leave_behind(runs[number].member.config, trainers[number], adapter)
-        left.pop(number).close()
+        runs[number].close()
 
     def on_failure(number: int, error: Exception) -> None:
-        left.pop(number).close(error)
+        runs[number].close(error)
         logger.error("%s The other runs go on.", runs[number].error)
 
-    try:
-        for number, run in left.items():
-            with speaking(number), _blamed(run.member):
-                run.open()
-        layout = JointLayout()
-        trainers = _build(runs, layout)
-        JointTrainer(trainers, layout, speaking, on_end, on_failure).fit()
-    except BaseException as error:  # of the whole sweep: every member that is left says so
-        for run in left.values():
-            run.close(error)
-        told = next((run.error for run in left.values() if run.error is not error), None)
-        if told is not None:  # out of memory, said so that one can act on it
-            raise RunError(f"{told} Or put fewer runs into the sweep.") from error
-        raise
+    layout = JointLayout()
+    trainers = _build(runs, layout)
+    JointTrainer(trainers, layout, speaking, on_end, on_failure).fit()
 
 
 def _build(runs: Sequence[_Run], layout: JointLayout) -> list[Trainer]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,9 +17,12 @@ from torch import Tensor
 
 from lora_diffusion.config_sweep import Member
 from lora_diffusion.errors import RunError, UserError
+from lora_diffusion.jobs.device_lock import device_lock, holder_of
 from lora_diffusion.jobs.follow import RunFollower
 from lora_diffusion.runs import RunFolder
+from lora_diffusion.training.joint import JointTrainer
 from lora_diffusion.training.trainer import Trainer
+from tests.queues import wait_for
 from tests.sweeps import changed, make_config, members_of, train_together, weights_of
 from tests.training_runs import distance, draw_pictures, prepare, tensor_hash
 
@@ -266,3 +272,64 @@ def test_a_resume_of_what_never_began_is_refused(tiny_sd1: Path, tmp_path: Path)
     members = members_of(make_config(tmp_path, tiny_sd1), "run.seed=1,2")
     with pytest.raises(UserError, match="no run of this sweep has a checkpoint"):
         train_together(members, tmp_path / "sweep", resume=True)
+
+
+@contextmanager
+def waiting_sweep(members: Sequence[Member], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Inside, a sweep in a thread waits for the device, which another has; afterwards it has ended."""
+    monkeypatch.setenv("LORA_DIFFUSION_DEVICE_LOCK", str(tmp_path / "{device}.lock"))
+    thread = threading.Thread(target=train_together, args=(members, tmp_path / "sweep"))
+    try:
+        with device_lock(tmp_path / "cpu.lock", "a test"):
+            thread.start()
+            for member in members:
+                log = RunFolder(member.config.run.output).log
+                wait_for(
+                    lambda log=log: log.exists() and "waiting for the device (used by a test" in log.read_text(), 60
+                )
+            yield
+    finally:
+        thread.join()
+
+
+def test_a_sweep_holds_the_device_and_a_member_that_is_stopped_while_it_waits_for_it_is_not_trained(
+    tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="lora_diffusion")
+    members = members_of(make_config(tmp_path, tiny_sd1, run={"steps": 3}), "run.seed=1,2,3")
+    runs = [RunFolder(member.config.run.output) for member in members]
+    holders: list[str] = []
+    train_step = JointTrainer.train_step
+
+    def watched(trainer: JointTrainer) -> None:
+        holders.append(holder_of(tmp_path / "cpu.lock"))
+        train_step(trainer)
+
+    monkeypatch.setattr(JointTrainer, "train_step", watched)
+    with waiting_sweep(members, tmp_path, monkeypatch):
+        runs[0].ask("stop")
+        wait_for(lambda: runs[0].read_state().status == "stopped")
+        assert holders == []
+
+    assert [(run.read_state().status, run.read_state().step) for run in runs] == [
+        ("stopped", 0),
+        ("finished", 3),
+        ("finished", 3),
+    ]
+    assert holders == [f"a sweep of 3 runs, the first test-seed1, process {os.getpid()}"] * 3
+    assert holder_of(tmp_path / "cpu.lock") == "another process", "it has signed off"
+
+
+def test_a_sweep_whose_members_are_all_stopped_while_it_waits_for_the_device_trains_nothing(
+    tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="lora_diffusion")
+    members = members_of(make_config(tmp_path, tiny_sd1), "run.seed=1,2")
+    runs = [RunFolder(member.config.run.output) for member in members]
+    with waiting_sweep(members, tmp_path, monkeypatch):
+        for run in runs:
+            run.ask("stop")
+            wait_for(lambda run=run: run.read_state().status == "stopped")
+
+    assert all("nothing was trained" in run.log.read_text(encoding="utf-8") for run in runs)
+    assert not list(tmp_path.glob("run-*/*.safetensors"))

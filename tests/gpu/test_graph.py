@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lora_diffusion.adapters.joint import JointLayout
 from lora_diffusion.streams import stream
 from lora_diffusion.training.graph import MAX_GRAPHS, NUM_WARM_UPS, Inputs, StepGraphs
-from lora_diffusion.training.quiet_step import QuietStep
+from lora_diffusion.training.quiet_step import QuietMember, QuietStep
 from tests.training_runs import draw_pictures, prepare, write_config
 
 pytestmark = pytest.mark.gpu
@@ -159,7 +160,8 @@ def test_learning_rates_are_read_when_a_graph_runs() -> None:
             return (weight * 1.0).sum().expand(1)
 
     optimizer = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.0, fused=True)
-    step = QuietStep(Loss(), optimizer, [weight], 0.0, device, as_graph=True)
+    member = QuietMember(Loss(), [], optimizer, [weight], 0.0)  # pyright: ignore[reportArgumentType]
+    step = QuietStep({0: member}, JointLayout(), device, as_graph=True)
     fields = {
         "latents": (1, 4, 8, 8),
         "noise": (1, 4, 8, 8),
@@ -169,10 +171,15 @@ def test_learning_rates_are_read_when_a_graph_runs() -> None:
     }
     inputs = {f"0.{name}": torch.ones(shape, device=device) for name, shape in fields.items()}
     inputs["0.timesteps"] = torch.ones(1, dtype=torch.long, device=device)
+
+    def take_step(rate: float) -> None:
+        member.set_rates([rate])
+        step({0: inputs})
+
     for _ in range(NUM_WARM_UPS + 2):
-        step(inputs, [0.1])
+        take_step(0.1)
     before = weight.detach().clone()
-    step(inputs, [0.0])
+    take_step(0.0)
     assert torch.equal(weight, before)
-    step(inputs, [0.5])
+    take_step(0.5)
     torch.testing.assert_close(before - weight, torch.full_like(weight, 0.5))  # Adam: a constant gradient moves by lr
