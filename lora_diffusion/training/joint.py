@@ -46,6 +46,7 @@ class JointTrainer:
     on_failure: Callable[[int, Exception], None]
     stop: StopRequest = field(default_factory=StopRequest)
     _active: dict[int, Trainer] = field(init=False)
+    _is_quiet: bool = field(init=False)
     _quiet_step: QuietStep | None = field(default=None, init=False)
 
     def fit(self) -> None:
@@ -63,6 +64,10 @@ class JointTrainer:
     def begin(self) -> None:
         """What comes before the first step, for every member."""
         self._active = dict(enumerate(self.members))
+        waiting = [trainer.name for trainer in self.members if trainer.plan.launch == "eager"]
+        self._is_quiet = not waiting
+        if 0 < len(waiting) < len(self.members):
+            logger.info("All steps are launched one operation at a time, as those of %s must be.", ", ".join(waiting))
         for number, trainer in self._now():
             self._alone(number, trainer.begin)
 
@@ -72,11 +77,8 @@ class JointTrainer:
             trainer.end_quietly()
 
     def _leave(self, number: int) -> None:
-        trainer = self._active.pop(number, None)
-        if trainer is not None:
-            trainer.end_quietly()
-        if trainer is not None and self._active and self._quiet_step is not None:
-            self._quiet_step.forget_graphs()
+        self._active.pop(number, None)
+        self.members[number].end_quietly()
 
     def _alone(self, number: int, action: Callable[[], T]) -> T | None:
         """Do one member's own work: the model then holds its adapter alone, and an error ends this member only."""
@@ -99,7 +101,7 @@ class JointTrainer:
     def train_step(self) -> None:
         """One optimiser step of every member. Those with more micro-batches go on when the others have theirs."""
         started = time.perf_counter()
-        if all(trainer.plan.launch != "eager" for trainer in self.members):
+        if self._is_quiet:
             self._train_quietly(started)
             return
         drawn = {number: self._alone(number, trainer.next_micro_batches) for number, trainer in self._now()}

@@ -99,16 +99,15 @@ class QuietStep:
         self._layout = layout
         self._device = device
         self._as_graph = as_graph
-        self.forget_graphs()
-
-    def forget_graphs(self) -> None:
-        """To be called when a member will be in no further step: every graph has its part of the step in it."""
-        if self._as_graph:
-            torch.cuda.synchronize(self._device)
-        self._run = StepGraphs(self._step, self._device) if self._as_graph else self._step
+        self._present: set[int] = set()
+        self._run: Callable[[Mapping[str, Tensor]], None] = self._step
 
     def __call__(self, inputs: Mapping[int, Mapping[str, Tensor]]) -> None:
-        """A step of the members whose inputs are given: see `inputs_of` and `inputs_of_texts`."""
+        """A step of the members whose inputs are given, see `inputs_of` and `inputs_of_texts`. Others may have left."""
+        if self._as_graph and self._present != inputs.keys():
+            # Every graph has a part of each member in it: when one has left, none is of use any more.
+            torch.cuda.synchronize(self._device)
+            self._present, self._run = set(inputs), StepGraphs(self._step, self._device)
         self._run({f"{number}.{name}": tensor for number, own in inputs.items() for name, tensor in own.items()})
 
     def _step(self, inputs: Mapping[str, Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -183,7 +184,10 @@ def test_members_are_saved_drawn_and_stopped_as_their_control_files_ask(
         assert distance(load_file(run.path / at_2), load_file(output / at_2)) < CLOSE
 
 
-def test_with_one_member_that_waits_all_do(tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_one_member_that_waits_all_do(
+    tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="lora_diffusion")
     config = make_config(tmp_path, tiny_sd1, run={"steps": 2}, schedule={"warmup_steps": 0})
 
     def trained(name: str) -> list[dict[str, Tensor]]:
@@ -199,3 +203,4 @@ def test_with_one_member_that_waits_all_do(tiny_sd1: Path, tmp_path: Path, monke
             for key in one
         )
     assert counts == []
+    assert "as those of test-dropout0.3 must be" in caplog.text

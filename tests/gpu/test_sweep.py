@@ -90,26 +90,26 @@ def test_members_in_one_graph_learn_what_they_learn_in_graphs_of_their_own(
 def test_a_member_that_leaves_or_fails_costs_the_others_nothing(
     device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graphs: Callable[[], list[int]]
 ) -> None:
-    """One ends after 6 steps, one fails in the 11th, when a graph runs; two go on to the 16th in graphs of two."""
+    """One ends after 5 steps, one fails in the 10th, when a graph runs; two go on to the 20th in a graph of two."""
     config = write_ink_config(
-        tmp_path / "base.toml", device.type, run={"precision": "fp32", "steps": 16}, validation={"every": 0}
+        tmp_path / "base.toml", device.type, run={"precision": "fp32", "steps": 20}, validation={"every": 0}
     )
     members = members_of(config, "run.seed=1,2,3,4")
-    members[0] = changed(members[0], "run.steps=6")
+    members[0] = changed(members[0], "run.steps=5")
     get = BatchSource.__getitem__
 
     def get_poisoned(source: BatchSource, index: int) -> Batch:
         batch = get(source, index)
-        return replace(batch, latents=batch.latents * float("nan")) if (source.seed, index) == (2, 10) else batch
+        return replace(batch, latents=batch.latents * float("nan")) if (source.seed, index) == (2, 9) else batch
 
     with monkeypatch.context() as patch:
         patch.setattr(BatchSource, "__getitem__", get_poisoned)
-        with pytest.raises(RunError, match=r"(?s)1 of 4 runs .*test-seed2: The loss became nan at step 11"):
+        with pytest.raises(RunError, match=r"(?s)1 of 4 runs .*test-seed2: The loss became nan at step 10"):
             train_together(members, tmp_path / "sweep")
 
-    assert [RunFolder(member.config.run.output).read_state().step for member in members] == [6, 10, 16, 16]
+    assert [RunFolder(member.config.run.output).read_state().step for member in members] == [5, 9, 20, 20]
     if device.type == "cuda":
-        assert graphs()[:3] == [1, 1, 1], "of four, of three and of two"
-    assert prepare(members[1].config.run.output / "config.toml", resume=True).step == 10
+        assert graphs() == [1, 1, 1], "of four, of three and of two"
+    assert prepare(members[1].config.run.output / "config.toml", resume=True).step == 9
     found = distances([members[0], members[2]], tmp_path)
-    assert max(found.values()) < 2 * TOLERANCES["fp32"], "after twice the steps"
+    assert max(found.values()) < 2.5 * TOLERANCES["fp32"], "after 20 steps, not 8"

@@ -7,7 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from lora_diffusion.adapters.inject import inject, select_layers
+from lora_diffusion.adapters.inject import eject, inject, join, select_layers
+from lora_diffusion.adapters.joint import JointLayout
 from lora_diffusion.adapters.lora import LoRA
 from lora_diffusion.training.working_copies import WorkingCopies
 
@@ -91,6 +92,26 @@ def test_an_adapter_without_effect_on_the_loss_gets_the_gradient_zero() -> None:
         copies.gather(flat)
     own = sum(p.numel() for p in layers.first.trained())
     assert flat[:own].abs().sum() > 0 and flat[own:].abs().sum() == 0
+
+
+def test_adapters_that_are_joined_into_the_layers_have_copies_too() -> None:
+    plain = Layers(torch.bfloat16)
+    joint, layout = copy.deepcopy(plain), JointLayout()
+    adapters = {path: module for path, module in joint.named_modules() if isinstance(module, LoRA)}
+    eject(joint, adapters)
+    join(joint, [adapters], layout)
+    assert WorkingCopies(joint).parameters == [], "they are no modules of the layers"
+    copies = WorkingCopies(joint, adapters.values())
+    flat = torch.zeros(sum(p.numel() for p in copies.parameters))
+    x = picture(torch.bfloat16, 1)
+    plain(x).backward()
+    with copies, layout.only(0):
+        joint(x).backward()
+        copies.gather(flat)
+
+    parts = flat.split([p.numel() for p in plain.factors()])
+    for parameter, part in zip(plain.factors(), parts, strict=True):
+        assert parameter.grad is not None and torch.equal(part.view_as(parameter), parameter.grad)
 
 
 def test_float32_bases_and_starts_that_are_taken_off_again_have_no_copies() -> None:
