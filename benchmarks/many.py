@@ -17,6 +17,7 @@ chosen and graphs are captured, do not count. SD 1.5 at 512 px, that is with lat
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -145,6 +146,8 @@ def measure_on_gpu(model: DiffusionModel, configs: list[TrainConfig], rounds: in
         apart.append(_seconds_per_step(trainer.train_step, rounds))
         trainer.end_quietly()
         eject(model.unet, trainer.exporter.adapters["unet"])
+        del trainer
+        gc.collect()  # the graph's memory, too
     peak_apart_gb = _peak_gb()
     trainers, layout = make_trainers(model, configs)
     together = JointTrainer(trainers, layout, lambda _: nullcontext(), lambda *_: None, lambda *_: None)
