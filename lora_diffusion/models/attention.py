@@ -7,11 +7,10 @@ from functools import cache
 from typing import Literal
 
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 from lora_diffusion.models.errors import ModelError
+from lora_diffusion.models.libraries import Attention, AttnProcessor, AttnProcessor2_0, UNet2DConditionModel
 
 AttentionKind = Literal["auto", "sdpa", "eager", "xformers"]
 

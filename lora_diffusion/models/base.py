@@ -10,15 +10,13 @@ from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 from lora_diffusion.diffusion.schedule import NoiseSchedule
 from lora_diffusion.ldm_names import unet_to_ldm
 from lora_diffusion.models.errors import ModelError
 from lora_diffusion.models.heap import trim_heap
+from lora_diffusion.models.libraries import AutoencoderKL, DiagonalGaussianDistribution, UNet2DConditionModel
 from lora_diffusion.models.schedules import schedule_of
 from lora_diffusion.models.vae import CheckedVAE
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import partial
 
 import torch.utils.checkpoint
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+from lora_diffusion.models.libraries import UNet2DConditionModel
 
 
 def checkpoint_blocks(unet: UNet2DConditionModel, *, only_outer: bool = False) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lora_diffusion.models.base import weights_id
 from lora_diffusion.models.errors import ModelError
+from lora_diffusion.models.libraries import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 TextEncoder = CLIPTextModel | CLIPTextModelWithProjection
 _COUNTED_AT_ONCE = 256  # captions; the tokenizer keeps some kilobytes of each until it is done

@@ -11,14 +11,19 @@ from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lora_diffusion.container import weight_files
 from lora_diffusion.ldm_names import Place
 from lora_diffusion.models.errors import ModelError
+from lora_diffusion.models.libraries import (
+    AutoencoderKL,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    UNet2DConditionModel,
+)
 from lora_diffusion.models.tokenizers import read_tokenizer
 from lora_diffusion.models.weights import Stored, TensorFile, fill, misfits
 

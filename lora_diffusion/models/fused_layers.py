@@ -5,13 +5,10 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 import torch
-from diffusers.models.activations import GEGLU
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 from lora_diffusion.models.errors import ModelError
+from lora_diffusion.models.libraries import GEGLU, ResnetBlock2D, Transformer2DModel, UNet2DConditionModel
 
 
 def fuse_layers(unet: UNet2DConditionModel) -> None:

@@ -10,14 +10,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lora_diffusion.models import clip
 from lora_diffusion.models.base import Conditioning, DiffusionModel, Part
 from lora_diffusion.models.errors import ModelError
+from lora_diffusion.models.libraries import (
+    AutoencoderKL,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    UNet2DConditionModel,
+)
 
 
 class SDXL(DiffusionModel):

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
-from transformers import CLIPTokenizer
 
 from lora_diffusion.container import Header
 from lora_diffusion.diffusion.schedule import Prediction
@@ -17,6 +16,7 @@ from lora_diffusion.ldm_names import TEXT_ENCODER_PREFIXES, UNET_PREFIX, VAE_PRE
 from lora_diffusion.models.builtin_configs import PADDING, builtin_configs
 from lora_diffusion.models.components import PARTS, Components, Dtypes, empty_module, read_json
 from lora_diffusion.models.errors import ModelError
+from lora_diffusion.models.libraries import CLIPTokenizer
 from lora_diffusion.models.schedules import ScheduleEvidence, evidence_of_scheduler
 from lora_diffusion.models.tokenizers import find_tokenizer, read_tokenizer
 from lora_diffusion.models.weights import Stored, TensorFile, fill, misfits

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from transformers import CLIPTokenizer
 
 from lora_diffusion.models.errors import ModelError
+from lora_diffusion.models.libraries import CLIPTokenizer
 
 HUB_IDS = (
     "openai/clip-vit-large-patch14",

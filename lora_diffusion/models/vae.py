@@ -6,8 +6,9 @@ import logging
 from collections.abc import Callable
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
+
+from lora_diffusion.models.libraries import AutoencoderKL
 
 logger = logging.getLogger(__name__)
 
