@@ -1,7 +1,7 @@
 """What we use of diffusers and transformers: import it from here, which takes a third of the time.
 
-Both import whatever is installed and might be of use: scipy, bitsandbytes, torch's compiler, every architecture. Here that
-waits until someone uses it; then everything is there, and is the same.
+Both import whatever is installed and might be of use: scipy, bitsandbytes, torch's compiler, every architecture. Here
+that waits until someone uses it; then everything is there, and is the same.
 """
 
 from __future__ import annotations
