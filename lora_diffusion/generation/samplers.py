@@ -72,6 +72,8 @@ def build_scheduler(
     """
     import diffusers
 
+    from lora_diffusion.models.libraries import without_extras
+
     sampler = sampler_named(name)
     scheduler_class = getattr(diffusers, sampler.scheduler)
     options = {**sampler.options, "prediction_type": _PREDICTION_TYPES[schedule.prediction]}
@@ -82,7 +84,8 @@ def build_scheduler(
                 f"Sampler {name!r} cannot draw with a model of zero terminal SNR. Use one of: {', '.join(able)}."
             )
         options |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    scheduler = scheduler_class.from_config(dict(model_config), **options)
+    with without_extras():  # it imports every scheduler that could take its place
+        scheduler = scheduler_class.from_config(dict(model_config), **options)
     scheduler.set_timesteps(steps, device=device)
     return scheduler
 

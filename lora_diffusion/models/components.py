@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lora_diffusion.container import weight_files
 from lora_diffusion.ldm_names import Place
@@ -67,10 +68,25 @@ def read_part(folder: Path, part: str, dtype: torch.dtype) -> nn.Module:
     return module
 
 
+class _NoValues(TorchFunctionMode):
+    """Weights without memory are not filled: torch imports its compiler to pretend that it draws them."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """`func`, unless it fills a tensor on `meta` with normal noise."""
+        kwargs = kwargs or {}
+        if func in (nn.init.normal_, nn.init.trunc_normal_, Tensor.normal_):
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
+
+
 def empty_module(part: str, config: Mapping[str, Any]) -> nn.Module:
     """The module that `config` describes, its weights still to come. Raises ModelError if it describes none."""
     try:
-        with init_empty_weights():
+        with init_empty_weights(), _NoValues():
             if part == "unet":
                 return cast(UNet2DConditionModel, UNet2DConditionModel.from_config(dict(config)))
             if part == "vae":

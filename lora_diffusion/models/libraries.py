@@ -10,6 +10,7 @@ import functools
 import importlib
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from lora_diffusion.models.stand_ins import call_later, put_off, true_module
@@ -43,7 +44,14 @@ _PUT_OFF = {
     "scipy.integrate": {},
     "scipy.optimize": {"linear_sum_assignment": call_later("scipy.optimize", "linear_sum_assignment")},
 }
+"""Module → what those who import it take from it by name."""
 _LAZY_PACKAGES = ("diffusers.models.unets", "diffusers.models.transformers", "diffusers.models.autoencoders")
+
+
+def without_extras() -> AbstractContextManager[None]:
+    """While this lasts, what diffusers imports comes without scipy and the like, too."""
+    return put_off(_PUT_OFF, ())
+
 
 try:
     with put_off(_PUT_OFF, _LAZY_PACKAGES):
@@ -76,4 +84,5 @@ __all__ = [
     "ResnetBlock2D",
     "Transformer2DModel",
     "UNet2DConditionModel",
+    "without_extras",
 ]

@@ -18,8 +18,12 @@ _RUNNING = threading.RLock()
 class _Later(ModuleType):
     """In `sys.modules` while others import it; the first use of an attribute imports the true module."""
 
+    _contents: Mapping[str, Any]
+
     def __getattr__(self, name: str) -> Any:
         _refuse_what_importing_asks(self, name)
+        if sys.modules.get(self.__name__) is self and name in self._contents:
+            return self._contents[name]
         return getattr(true_module(self.__name__), name)
 
 
@@ -77,7 +81,7 @@ def put_off(modules: Mapping[str, Mapping[str, Any]], packages: Sequence[str]) -
     for name, contents in modules.items():
         if spec := _spec_of_unloaded(name):
             sys.modules[name] = stand_in = _module(spec, _Later)
-            vars(stand_in).update(contents)
+            vars(stand_in)["_contents"] = contents
     lazy: list[str] = []
     try:
         for name in packages:
