@@ -182,6 +182,21 @@ def test_a_module_for_the_web_server_does_not_load_torch(module: str) -> None:
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
 
 
+def test_models_of_diffusers_and_transformers_are_imported_in_one_place() -> None:
+    """Elsewhere they would come with all that `models/libraries.py` lets wait. Captioners are models of their own."""
+    allowed = {"models.libraries", "captioning.captioner"}
+    found = {
+        name
+        for name, tree in modules().items()
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom | ast.Import)
+        for module in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [x.name for x in node.names])
+        if module.split(".")[0] in {"diffusers", "transformers"}
+    }
+
+    assert found == allowed
+
+
 WEBUI = ROOT / "webui"
 WEBUI_MAY_IMPORT = {"config", "runs", "workspace", "jobs", "files", "errors", "container"}
 WEBUI_MODULES = {

@@ -1,4 +1,4 @@
-"""What we use of diffusers and transformers: import it from here, which takes a third of the time.
+"""What we use of diffusers and transformers: import it from here, which takes two thirds of the time.
 
 Both import whatever is installed and might be of use: scipy, bitsandbytes, torch's compiler, every architecture. Here
 that waits until someone uses it; then everything is there, and is the same.
