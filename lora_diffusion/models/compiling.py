@@ -11,10 +11,10 @@ import time
 from typing import Any
 
 import torch
-from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
 from lora_diffusion.models.errors import ModelError
+from lora_diffusion.models.libraries import BasicTransformerBlock
 
 logger = logging.getLogger(__name__)
 

@@ -62,6 +62,7 @@ except Exception as error:  # libraries change; below they are imported as they 
     _LOG.info("diffusers is imported with all it has, which takes some seconds longer: %s", error)
 
 from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -76,6 +77,7 @@ __all__ = [
     "AttnProcessor",
     "AttnProcessor2_0",
     "AutoencoderKL",
+    "BasicTransformerBlock",
     "CLIPTextConfig",
     "CLIPTextModel",
     "CLIPTextModelWithProjection",
