@@ -55,7 +55,7 @@ class _LazyPackage(ModuleType):
 def true_module(name: str) -> ModuleType:
     """The module of this name, imported if it was put off."""
     if isinstance(sys.modules.get(name), _Later):
-        del sys.modules[name]
+        sys.modules.pop(name, None)  # another thread may have been here meanwhile
     return importlib.import_module(name)
 
 
@@ -99,7 +99,7 @@ def put_off(modules: Mapping[str, Mapping[str, Any]], packages: Sequence[str]) -
     finally:
         for name in modules:
             if isinstance(sys.modules.get(name), _Later):
-                del sys.modules[name]
+                sys.modules.pop(name, None)
 
 
 def _refuse_what_importing_asks(module: ModuleType, name: str) -> None:

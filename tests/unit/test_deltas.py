@@ -67,7 +67,10 @@ def test_factors_of_every_dtype_are_read_without_rounding(dtype: torch.dtype) ->
     exact = {part: tensor.double() for part, tensor in parts.items()}
     expected = 1.5 * (exact["hada_w1_a"] @ exact["hada_w1_b"]) * (exact["hada_w2_a"] @ exact["hada_w2_b"])
 
-    close(delta_of(parts, geometry(parts)), expected.float())
+    change = delta_of(parts, geometry(parts))
+
+    assert change.dtype == torch.float32
+    close(change, expected.float())
 
 
 def test_a_dora_has_no_change_without_its_base_but_a_direction() -> None:
