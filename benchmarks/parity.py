@@ -23,6 +23,8 @@ from benchmarks.trainers import Task, own_config
 from lora_diffusion import recipe_base
 from lora_diffusion.adapters.lora import LoRA
 from lora_diffusion.config import TrainConfig
+from lora_diffusion.models import load
+from lora_diffusion.models.matmul_conv import MatmulConv2d
 from lora_diffusion.models.packed_conv import PackedConv2d
 from lora_diffusion.recipe import build, make_accelerator
 from lora_diffusion.runs import RunFolder
@@ -106,7 +108,8 @@ def train_plainly(config: TrainConfig) -> Learned:
         modules = list(trainer.loss.model.unet.modules())
         kinds = {type(module) for module in modules if not isinstance(module, nn.Linear | nn.Conv2d)}
         assert {kind for kind in kinds if kind.__module__.startswith("lora_diffusion")} == {LoRA}, kinds
-        assert not any(isinstance(module, PackedConv2d) for module in modules) and trainer.plan.launch == "eager"
+        assert not any(isinstance(module, PackedConv2d | MatmulConv2d) for module in modules)
+        assert trainer.plan.launch == "eager"
         assert {parameter.dtype for module in modules for parameter in module.parameters()} == {torch.float32}
         return _fit(trainer)
 
@@ -115,6 +118,7 @@ def train_plainly(config: TrainConfig) -> Learned:
 def _plain_layers() -> Iterator[None]:
     """Inside, bases are left as diffusers loads them, and LoRAs add two products to their layer's output."""
     with (
+        mock.patch.object(load, "multiply_convolutions", lambda unet: None),
         mock.patch.object(recipe_base, "suit_to_device", lambda model: None),
         mock.patch.object(LoRA, "forward", _plain_forward),
         torch.backends.cudnn.flags(enabled=True, allow_tf32=False),

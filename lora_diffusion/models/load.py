@@ -18,6 +18,7 @@ from lora_diffusion.models.components import PARTS, Dtypes, read_folder, read_js
 from lora_diffusion.models.errors import ModelError
 from lora_diffusion.models.families import FAMILIES, NAMES, Evidence, family_of_checkpoint, family_of_config
 from lora_diffusion.models.hub import hub_folder, is_hub_id
+from lora_diffusion.models.matmul_conv import multiply_convolutions
 from lora_diffusion.models.packed_conv import has_fast_bf16
 from lora_diffusion.models.quantise import QuantiseKind, check_quantise, quantise_linears
 from lora_diffusion.models.schedules import evidence_of_scheduler, resolve_scheduler
@@ -83,6 +84,8 @@ def load_model(
     if prepare is not None:
         prepare(model)
     set_attention(model.unet, attention, torch.device(device))
+    if torch.device(device).type == "cpu":
+        multiply_convolutions(model.unet)
 
     def move_unet() -> None:
         quantise_linears(model.unet, quantise, device)  # before the rest: `device` never sees the full weights together
