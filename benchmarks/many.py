@@ -38,9 +38,8 @@ from benchmarks.engine import hardware
 from lora_diffusion.adapters.inject import eject, join
 from lora_diffusion.adapters.joint import JointLayout
 from lora_diffusion.config import TrainConfig
-from lora_diffusion.models.attention import set_attention
 from lora_diffusion.models.base import DiffusionModel
-from lora_diffusion.models.load import load_model
+from lora_diffusion.models.load import choose_kernels, load_model
 from lora_diffusion.models.precision import DTYPES, resolve_device
 from lora_diffusion.recipe import build_on, make_accelerator
 from lora_diffusion.recipe_data import SharedBase
@@ -99,8 +98,7 @@ def make_model(base: str, unet: str, dtype: torch.dtype) -> DiffusionModel:
                 else:
                     parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
         model.unet = large.requires_grad_(False).eval()
-        if device.type == "cuda":
-            set_attention(model.unet, "auto", device)
+        choose_kernels(model.unet, "auto", device)
     return model
 
 

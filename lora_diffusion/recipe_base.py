@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -20,12 +21,7 @@ def load_base(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> 
 
     The UNet comes to `device` with `prepare_model`, when what encodes pictures and captions may have left.
     """
-
-    def prepare(model: DiffusionModel) -> None:
-        model.check_clip_skip(config.model.clip_skip)
-        merge_into_base(config, model)
-
-    return load_model(
+    model = load_model(
         config.model.path,
         family=config.model.family,
         prediction=config.model.prediction,
@@ -35,9 +31,11 @@ def load_base(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> 
         device=device,
         attention=config.model.attention,
         quantise=config.model.quantise,
-        prepare=prepare,
+        prepare=partial(merge_into_base, config) if config.model.merge else None,
         unet_waits=True,
     )
+    model.check_clip_skip(config.model.clip_skip)
+    return model
 
 
 def release_unused(configs: Sequence[TrainConfig], model: DiffusionModel) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -48,24 +49,39 @@ class Dtypes:
 
 @dataclass(frozen=True)
 class Components:
-    """A model's modules ("unet", "text_encoder_2", …) and tokenizers ("tokenizer", …), on the CPU."""
+    """A model's modules ("unet", "text_encoder_2", …) and tokenizers ("tokenizer", …), on the CPU.
+
+    The UNet's weights are on `meta` until `fill_unet` is called: it is the largest part, and the last that is needed.
+    Their names and shapes have been checked. It raises ModelError for values that are not finite.
+    """
 
     modules: dict[str, nn.Module]
     tokenizers: dict[str, CLIPTokenizer]
+    fill_unet: Callable[[], None]
 
 
 def read_folder(folder: Path, family: str, dtypes: Dtypes) -> Components:
     """The parts in a diffusers folder; raises ModelError naming the file that is missing, damaged or does not fit."""
-    modules = {part: read_part(folder, part, dtypes.of(part)) for part in PARTS[family]}
+    unet, fill_unet = _prepared(folder, "unet", dtypes.model)
+    modules = {part: read_part(folder, part, dtypes.of(part)) for part in PARTS[family] if part != "unet"}
     tokenizers = [part.replace("text_encoder", "tokenizer") for part in modules if part.startswith("text_encoder")]
-    return Components(modules, {name: read_tokenizer(folder / name) for name in tokenizers})
+    return Components(
+        {"unet": unet, **modules}, {name: read_tokenizer(folder / name) for name in tokenizers}, fill_unet
+    )
 
 
 def read_part(folder: Path, part: str, dtype: torch.dtype) -> nn.Module:
     """One part of a diffusers folder, on the CPU. Raises ModelError as `read_folder` does."""
-    module = empty_module(part, read_json(folder / part / "config.json"))
-    _load(module, folder / part, dtype, _rename(part, module))
+    module, fill_module = _prepared(folder, part, dtype)
+    fill_module()
     return module
+
+
+def _prepared(folder: Path, part: str, dtype: torch.dtype) -> tuple[nn.Module, Callable[[], None]]:
+    """A part without memory whose files were found to fit, and what gives it its weights."""
+    module = nn.Module.to(empty_module(part, read_json(folder / part / "config.json")), dtype)
+    stored = _stored(module, folder / part, _rename(part, module))
+    return module, partial(fill, module, stored, dtype)
 
 
 class _NoValues(TorchFunctionMode):
@@ -114,8 +130,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _load(module: nn.Module, folder: Path, dtype: torch.dtype, rename: Rename) -> None:
-    """Fills `module` from its files: names and shapes first, then one tensor at a time."""
+def _stored(module: nn.Module, folder: Path, rename: Rename) -> dict[str, Stored]:
+    """Where the weights of `module` are in the files of `folder`; ModelError if they are not those of its config."""
     stem = "model" if folder.name.startswith("text_encoder") else "diffusion_pytorch_model"
     files = [TensorFile(path) for path in weight_files(folder, stem)]
     stored = {
@@ -130,7 +146,7 @@ def _load(module: nn.Module, folder: Path, dtype: torch.dtype, rename: Rename) -
             f"{files[0].path}: does not fit the config.json beside it, {len(problems)} of {len(expected)} tensors: "
             f"{'; '.join(problems[:5])}. The folder mixes files of different models."
         )
-    fill(module, stored, dtype)
+    return stored
 
 
 def _rename(part: str, module: nn.Module) -> Rename:

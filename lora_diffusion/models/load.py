@@ -18,6 +18,7 @@ from lora_diffusion.models.components import PARTS, Dtypes, read_folder, read_js
 from lora_diffusion.models.errors import ModelError
 from lora_diffusion.models.families import FAMILIES, NAMES, Evidence, family_of_checkpoint, family_of_config
 from lora_diffusion.models.hub import hub_folder, is_hub_id
+from lora_diffusion.models.libraries import UNet2DConditionModel
 from lora_diffusion.models.matmul_conv import multiply_convolutions
 from lora_diffusion.models.packed_conv import has_fast_bf16
 from lora_diffusion.models.quantise import QuantiseKind, check_quantise, quantise_linears
@@ -53,8 +54,8 @@ def load_model(
     float16 for a half-precision base on a GPU, bfloat16 for a bfloat16 base on a CPU that computes with it, else
     float32; float16 rounds eight times finer, and what overflows in it is computed again in float32.
     quantise: how the UNet's linear layers are kept; they compute in `dtype` either way. prepare: called with the model
-    while it is on the CPU and no layer is quantised yet. unet_waits: the UNet stays on the CPU until
-    `DiffusionModel.place_unet`, so that `device` need not hold it beside what encodes pictures and captions.
+    while it is on the CPU and no layer is quantised yet. unet_waits: the UNet stays on disk (on the CPU with `prepare`)
+    until `DiffusionModel.place_unet`, so that nothing holds it beside what encodes pictures and captions.
     Raises ModelError (or ContainerError for a damaged file) if it cannot be found, is a pickle, is of another family
     than asked for or of one this version does not train, or if its files contradict a setting.
     """
@@ -81,13 +82,16 @@ def load_model(
     model = FAMILIES[found](**components, scheduler_config=scheduler, dtype=dtype)
     if source.is_dir():
         model.reloads = {part: partial(read_part, source, part, dtypes.of(part)) for part in PARTS[found][1:]}
+    stays_on_disk = unet_waits and prepare is None
+    if not stays_on_disk:
+        parts.fill_unet()
     if prepare is not None:
         prepare(model)
-    set_attention(model.unet, attention, torch.device(device))
-    if torch.device(device).type == "cpu":
-        multiply_convolutions(model.unet)
+    choose_kernels(model.unet, attention, torch.device(device))
 
     def move_unet() -> None:
+        if stays_on_disk:
+            parts.fill_unet()
         quantise_linears(model.unet, quantise, device)  # before the rest: `device` never sees the full weights together
         nn.Module.to(model.unet, device)
 
@@ -98,6 +102,13 @@ def load_model(
         if name != "unet":
             part.to(device)
     return model
+
+
+def choose_kernels(unet: UNet2DConditionModel, attention: AttentionKind, device: torch.device) -> None:
+    """Let `unet` compute its attention by `attention`, and its convolutions, as is fastest on `device`."""
+    set_attention(unet, attention, device)
+    if device.type == "cpu":
+        multiply_convolutions(unet)
 
 
 def _vae_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,7 +50,7 @@ def checkpoint_schedule(path: Path, family: str, configs: Path | None) -> tuple[
 def read_checkpoint(
     path: Path, family: str, prediction_type: str, dtypes: Dtypes, configs: Path | None = None
 ) -> Components:
-    """The parts of a single-file checkpoint, streamed tensor by tensor.
+    """The parts of a single-file checkpoint, streamed tensor by tensor; the UNet's weights are still to come.
 
     configs: a diffusers folder whose configs and tokenizer are used, as far as it has them; the rest is the family's
     own. Raises ModelError when a part or a tensor is missing; warns of tensors that nothing reads.
@@ -62,18 +63,20 @@ def read_checkpoint(
         _check_part(file, family, part)
         own = _config_file(configs, part)
         config = builtin[part] if own is None else read_json(own)
-        modules[part] = empty_module(part, config)
+        modules[part] = nn.Module.to(empty_module(part, config), dtypes.of(part))
         places[part] = _places(file, family, part, modules[part])
     _check(file, family, modules, places)
     tokenizer = find_tokenizer(path, configs)
-    for part, module in modules.items():
-        fill(module, places[part], dtypes.of(part))
+    fills = {part: partial(fill, module, places[part], dtypes.of(part)) for part, module in modules.items()}
+    fill_unet = fills.pop("unet")
+    for fill_part in fills.values():
+        fill_part()
     tokenizers = {
         part.replace("text_encoder", "tokenizer"): _fitting_tokenizer(tokenizer, PADDING[family, part], module)
         for part, module in modules.items()
         if part.startswith("text_encoder")
     }
-    return Components(modules, tokenizers)
+    return Components(modules, tokenizers, fill_unet)
 
 
 def _fitting_tokenizer(folder: Path, padding: str, text_encoder: nn.Module) -> CLIPTokenizer:

@@ -36,11 +36,15 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         """Raises ContainerError if the file is damaged."""
         self.path = path
+        self._identity = _identity(path)
         self.header: Header = read_header(path)
         self._file: BufferedReader | None = None
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def __enter__(self) -> Self:
+        """Raises ModelError if it is another file than the one whose header was read."""
+        if _identity(self.path) != self._identity:
+            raise ModelError(f"{self.path}: was changed or moved while it was in use. Start again.")
         self._file = self.path.open("rb")
         sizes = (info.end - info.begin for info in self.header.tensors.values())
         self._buffer = torch.empty(max(sizes, default=0), dtype=torch.uint8)
@@ -69,6 +73,15 @@ class TensorFile:
         if self._file.readinto(stored.numpy().data) != size:
             raise ModelError(f"{self.path}: ends within {name}. Something changed the file; load it again.")
         return stored.view(DTYPES[info.dtype]).reshape(shape)
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written again or replaced; empty if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 @dataclass(frozen=True)

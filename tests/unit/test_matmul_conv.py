@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lora_diffusion.models.load import load_model
 from lora_diffusion.models.matmul_conv import MatmulConv2d, multiply_convolutions
 
 FLOAT32 = 2**-24
@@ -112,3 +115,11 @@ def test_layers_stay_the_same_objects_with_the_same_weights() -> None:
 def test_layers_that_no_product_stands_for_stay(layer: nn.Conv2d) -> None:
     multiply_convolutions(layer)
     assert type(layer) is nn.Conv2d
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.float32, MatmulConv2d), (torch.bfloat16, nn.Conv2d)])
+def test_a_base_loaded_for_a_cpu_chooses_in_float32(
+    tiny_sd1: Path, dtype: torch.dtype, expected: type[nn.Module]
+) -> None:
+    unet = load_model(tiny_sd1, dtype=dtype).unet
+    assert {type(module) for module in unet.modules() if isinstance(module, nn.Conv2d)} == {expected}

@@ -1,4 +1,4 @@
-"""Parts of a model that leave memory and come back."""
+"""Parts of a model that leave memory and come back, and a UNet that comes late."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_diffusion.models.base import DiffusionModel
+from lora_diffusion.models.base import DiffusionModel, ModelError
 from lora_diffusion.models.load import load_model
+from tests.single_file import make_single_file
 from tests.tiny import make_tiny_sd1, make_tiny_sdxl
+from tests.training_runs import draw_pictures, prepare, write_config
 
 
 def loaded(folder: Path, family: str) -> DiffusionModel:
@@ -56,3 +58,56 @@ def test_pictures_can_be_decoded_and_ids_computed_while_a_part_is_released(tmp_p
     assert model.vae_id == expected_id
     model.release(["vae"])
     assert torch.equal(model.decode_latents(latents), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_single", [False, True])
+def test_a_unet_that_waits_takes_no_memory_until_it_is_placed(
+    is_single: bool, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    folder = make_tiny_sd1(tmp_path / "base")
+    path = make_single_file(folder, tmp_path / "all.safetensors") if is_single else folder
+    model = load_model(path, configs=folder if is_single else None, dtype=dtype, unet_waits=True)
+    assert all(parameter.is_meta for parameter in model.unet.parameters())
+    model.place_unet()
+    whole = load_model(folder, dtype=dtype)
+    expected = whole.unet.state_dict()
+    assert {name: tensor.dtype for name, tensor in model.unet.state_dict().items()} == dict.fromkeys(expected, dtype)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.unet.state_dict().items())
+    assert [type(module) for module in model.unet.modules()] == [type(module) for module in whole.unet.modules()]
+    assert not any(parameter.requires_grad for parameter in model.unet.parameters())
+
+
+def test_a_file_that_changes_while_the_unet_waits_is_not_read(tmp_path: Path) -> None:
+    """Its tensors may lie elsewhere now."""
+    folder = make_tiny_sd1(tmp_path / "base")
+    model = load_model(folder, unet_waits=True)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    data = weights.read_bytes()
+    weights.unlink()
+    weights.write_bytes(data)
+    with pytest.raises(ModelError, match=f"{weights.name}: was changed or moved while it was in use"):
+        model.place_unet()
+    weights.unlink()
+    with pytest.raises(ModelError, match="was changed or moved"):
+        model.place_unet()
+
+
+def test_pictures_and_captions_are_encoded_before_the_unet_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_tiny_sd1(tmp_path / "base")
+    config = write_config(tmp_path / "config.toml", folder, draw_pictures(tmp_path / "pictures"))
+    waited: dict[str, set[bool]] = {"encode_image": set(), "encode_text": set()}
+    model_class = type(load_model(folder))
+    for name, seen in waited.items():
+        encode = getattr(model_class, name)
+
+        def encode_and_look(model: DiffusionModel, *args: object, encode=encode, seen=seen, **kwargs: object) -> object:
+            seen.update(parameter.is_meta for parameter in model.unet.parameters())
+            return encode(model, *args, **kwargs)
+
+        monkeypatch.setattr(model_class, name, encode_and_look)
+    trainer = prepare(config)
+    assert waited == {"encode_image": {True}, "encode_text": {True}}
+    assert not any(parameter.is_meta for parameter in trainer.loss.model.unet.parameters())
