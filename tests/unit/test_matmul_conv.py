@@ -52,7 +52,7 @@ def operations(layer: nn.Module, x: Tensor) -> list[str]:
     ("kernel", "stride", "shape"),
     [
         (3, 1, (1, 96, 5, 3)),
-        (3, 1, (3, 96, 3, 2)),
+        (3, 1, (3, 96, 4, 6)),
         (3, 2, (2, 96, 7, 6)),
         (1, 1, (2, 96, 4, 2)),
         (3, 1, (1, 96, 12, 9)),
@@ -88,7 +88,14 @@ def test_it_is_a_product_where_weights_are_many_for_the_pixels() -> None:
     small, large = (operations(layer, picture(1, 64, *size)) for size in ((4, 4), (4, 5)))  # 4 channels per pixel, 3.2
     assert small == ["_slow_conv2d_forward.default"]
     assert large == ["convolution.default"]
-    assert operations(layer, picture(2, 64, 4, 4)) == ["convolution.default"]  # all pixels of the batch
+    assert operations(layer, picture(9, 64, 4, 4)) == small, "each picture of a batch is a product by itself"
+
+
+def test_what_is_computed_for_a_picture_does_not_depend_on_its_batch() -> None:
+    layer = convolution(64, 64)
+    multiply_convolutions(layer)
+    batch = picture(5, 64, 4, 4)
+    assert torch.equal(layer(batch)[3:4], layer(batch[3:4]))
 
 
 def test_layers_stay_the_same_objects_with_the_same_weights() -> None:
