@@ -78,7 +78,7 @@ def check_run(config: TrainConfig, track: Track = silent) -> CheckReport:
     if config.model.compile:
         check_compiler(device)
     with PeakMemory(device) as loading:
-        model = load_base(config, dtype, device)
+        model = load_base(config, dtype, device, track)
     data = read_training_set(config, model, 1, track, writes=False)
     tokens = token_counts(config, model, data)
     data_report = build_report(data.scans, tokens, config.model.max_tokens)

@@ -58,7 +58,7 @@ def build(
 ) -> Trainer:
     """Everything a run needs, ready to `fit()`. Raises UserError before any training when an input is wrong."""
     dtype = resolve_precision(config.run.precision, accelerator.device)
-    model = load_base(config, dtype, accelerator.device)
+    model = load_base(config, dtype, accelerator.device, track)
     return build_on(SharedBase(model), config, run, accelerator, resume=resume, track=track)
 
 

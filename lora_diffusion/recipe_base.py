@@ -13,10 +13,11 @@ from lora_diffusion.models.checkpointing import checkpoint_blocks
 from lora_diffusion.models.fused_layers import fuse_layers
 from lora_diffusion.models.load import load_model
 from lora_diffusion.models.packed_conv import has_fast_bf16, pack_convolutions
+from lora_diffusion.progress import Track, silent
 from lora_diffusion.recipe_adapters import Adapters, inject_adapters, merge_into_base
 
 
-def load_base(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> DiffusionModel:
+def load_base(config: TrainConfig, dtype: torch.dtype, device: torch.device, track: Track = silent) -> DiffusionModel:
     """The base that training sees: with the adapters of `model.merge` in its weights.
 
     The UNet comes to `device` with `prepare_model`, when what encodes pictures and captions may have left.
@@ -33,6 +34,7 @@ def load_base(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> 
         quantise=config.model.quantise,
         prepare=partial(merge_into_base, config) if config.model.merge else None,
         unet_waits=True,
+        track=track,
     )
     model.check_clip_skip(config.model.clip_skip)
     return model

@@ -170,7 +170,7 @@ def _build(runs: Sequence[_Run], layout: JointLayout) -> list[Trainer]:
     config = runs[0].member.config
     accelerators = [make_accelerator(run.member.config) for run in runs]  # each with a loss scaler of its own
     device = accelerators[0].device
-    model = load_base(config, resolve_precision(config.run.precision, device), device)
+    model = load_base(config, resolve_precision(config.run.precision, device), device, bar)
     base = SharedBase(model)
     trainers: list[Trainer] = []
     for run, accelerator in zip(runs, accelerators, strict=True):

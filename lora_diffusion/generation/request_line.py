@@ -49,7 +49,7 @@ def write_pictures(
     numbered on from those that the folder has. Raises UserError before anything is drawn if a request or a file is
     wrong.
     """
-    engine, hashes = ready_engine(base, adapters, precision=precision, configs=configs)
+    engine, hashes = ready_engine(base, adapters, precision=precision, configs=configs, track=track)
     requests = [engine.complete(request) for request in requests]
     out.mkdir(parents=True, exist_ok=True)
     number = 1 + max((int(path.name[:5]) for path in out.glob("[0-9][0-9][0-9][0-9][0-9]-*.png")), default=-1)
@@ -79,7 +79,7 @@ def write_sheet(
     adapters: all files that its cells name. Raises UserError before anything is drawn if something is wrong.
     """
     cells = sheet.cells()
-    engine, hashes = ready_engine(base, adapters, precision=precision, configs=configs)
+    engine, hashes = ready_engine(base, adapters, precision=precision, configs=configs, track=track)
     complete = replace(sheet, request=engine.complete(sheet.request))
     images: list[Image.Image | None] = [None] * len(cells)
     drawn = draw_cells(engine, cells)
@@ -90,14 +90,15 @@ def write_sheet(
 
 
 def ready_engine(
-    base: str, adapters: Sequence[Path], *, precision: str, configs: Path | None
+    base: str, adapters: Sequence[Path], *, precision: str, configs: Path | None, track: Track
 ) -> tuple[Engine, dict[str, str]]:
     """The base with these files loaded under their names, and the hashes of those that have one."""
     files = {adapter_name(path.stem): AdapterFile.read(path) for path in adapters}
     if len(files) < len(adapters):
         raise UserError("Two adapter files have the same name, so requests cannot tell them apart. Rename one of them.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    engine = Engine(load_model(base, configs=configs, dtype=choose_dtype(precision, device), device=device))
+    dtype = choose_dtype(precision, device)
+    engine = Engine(load_model(base, configs=configs, dtype=dtype, device=device, track=track))
     for name, file in files.items():
         for note in file.notes:
             logger.warning("%s: %s", file.path, note)

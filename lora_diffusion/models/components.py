@@ -28,6 +28,7 @@ from lora_diffusion.models.libraries import (
 )
 from lora_diffusion.models.tokenizers import read_tokenizer
 from lora_diffusion.models.weights import Stored, TensorFile, fill, misfits
+from lora_diffusion.progress import Track, silent
 
 PARTS = {"sd1": ("unet", "vae", "text_encoder"), "sd2": ("unet", "vae", "text_encoder")}
 PARTS |= {"sdxl": ("unet", "vae", "text_encoder", "text_encoder_2")}
@@ -60,28 +61,28 @@ class Components:
     fill_unet: Callable[[], None]
 
 
-def read_folder(folder: Path, family: str, dtypes: Dtypes) -> Components:
+def read_folder(folder: Path, family: str, dtypes: Dtypes, track: Track = silent) -> Components:
     """The parts in a diffusers folder; raises ModelError naming the file that is missing, damaged or does not fit."""
-    unet, fill_unet = _prepared(folder, "unet", dtypes.model)
-    modules = {part: read_part(folder, part, dtypes.of(part)) for part in PARTS[family] if part != "unet"}
+    unet, fill_unet = _prepared(folder, "unet", dtypes.model, track)
+    modules = {part: read_part(folder, part, dtypes.of(part), track) for part in PARTS[family] if part != "unet"}
     tokenizers = [part.replace("text_encoder", "tokenizer") for part in modules if part.startswith("text_encoder")]
     return Components(
         {"unet": unet, **modules}, {name: read_tokenizer(folder / name) for name in tokenizers}, fill_unet
     )
 
 
-def read_part(folder: Path, part: str, dtype: torch.dtype) -> nn.Module:
+def read_part(folder: Path, part: str, dtype: torch.dtype, track: Track = silent) -> nn.Module:
     """One part of a diffusers folder, on the CPU. Raises ModelError as `read_folder` does."""
-    module, fill_module = _prepared(folder, part, dtype)
+    module, fill_module = _prepared(folder, part, dtype, track)
     fill_module()
     return module
 
 
-def _prepared(folder: Path, part: str, dtype: torch.dtype) -> tuple[nn.Module, Callable[[], None]]:
+def _prepared(folder: Path, part: str, dtype: torch.dtype, track: Track) -> tuple[nn.Module, Callable[[], None]]:
     """A part without memory whose files were found to fit, and what gives it its weights."""
     module = nn.Module.to(empty_module(part, read_json(folder / part / "config.json")), dtype)
     stored = _stored(module, folder / part, _rename(part, module))
-    return module, partial(fill, module, stored, dtype)
+    return module, partial(fill, module, stored, dtype, track)
 
 
 class _NoValues(TorchFunctionMode):

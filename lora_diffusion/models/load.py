@@ -24,6 +24,7 @@ from lora_diffusion.models.packed_conv import has_fast_bf16
 from lora_diffusion.models.quantise import QuantiseKind, check_quantise, quantise_linears
 from lora_diffusion.models.schedules import evidence_of_scheduler, resolve_scheduler
 from lora_diffusion.models.single_file import checkpoint_schedule, read_checkpoint
+from lora_diffusion.progress import Track, silent
 
 HUB_FILES = ("model_index.json", "*/*.json", "tokenizer*/*")
 HUB_WEIGHTS = (
@@ -46,6 +47,7 @@ def load_model(
     quantise: QuantiseKind = "none",
     prepare: Callable[[DiffusionModel], None] | None = None,
     unet_waits: bool = False,
+    track: Track = silent,
 ) -> DiffusionModel:
     """The base model at `path`, frozen and in evaluation mode.
 
@@ -55,7 +57,8 @@ def load_model(
     float32; float16 rounds eight times finer, and what overflows in it is computed again in float32.
     quantise: how the UNet's linear layers are kept; they compute in `dtype` either way. prepare: called with the model
     while it is on the CPU and no layer is quantised yet. unet_waits: the UNet stays on disk (on the CPU with `prepare`)
-    until `DiffusionModel.place_unet`, so that nothing holds it beside what encodes pictures and captions.
+    until `DiffusionModel.place_unet`, so that nothing holds it beside what encodes pictures and captions. track: shows
+    how much of a large part has been read.
     Raises ModelError (or ContainerError for a damaged file) if it cannot be found, is a pickle, is of another family
     than asked for or of one this version does not train, or if its files contradict a setting.
     """
@@ -75,9 +78,9 @@ def load_model(
         scheduler, known = checkpoint_schedule(source, found, configs)
     scheduler = resolve_scheduler(scheduler, known, prediction=prediction, zero_terminal_snr=zero_terminal_snr)
     if source.is_dir():
-        parts = read_folder(source, found, dtypes)
+        parts = read_folder(source, found, dtypes, track)
     else:
-        parts = read_checkpoint(source, found, scheduler["prediction_type"], dtypes, configs)
+        parts = read_checkpoint(source, found, scheduler["prediction_type"], dtypes, configs, track)
     components: dict[str, Any] = {**parts.modules, **parts.tokenizers}
     model = FAMILIES[found](**components, scheduler_config=scheduler, dtype=dtype)
     if source.is_dir():

@@ -21,6 +21,7 @@ from lora_diffusion.models.libraries import CLIPTokenizer
 from lora_diffusion.models.schedules import ScheduleEvidence, evidence_of_scheduler
 from lora_diffusion.models.tokenizers import find_tokenizer, read_tokenizer
 from lora_diffusion.models.weights import Stored, TensorFile, fill, misfits
+from lora_diffusion.progress import Track, silent
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,12 @@ def checkpoint_schedule(path: Path, family: str, configs: Path | None) -> tuple[
 
 
 def read_checkpoint(
-    path: Path, family: str, prediction_type: str, dtypes: Dtypes, configs: Path | None = None
+    path: Path,
+    family: str,
+    prediction_type: str,
+    dtypes: Dtypes,
+    configs: Path | None = None,
+    track: Track = silent,
 ) -> Components:
     """The parts of a single-file checkpoint, streamed tensor by tensor; the UNet's weights are still to come.
 
@@ -67,7 +73,7 @@ def read_checkpoint(
         places[part] = _places(file, family, part, modules[part])
     _check(file, family, modules, places)
     tokenizer = find_tokenizer(path, configs)
-    fills = {part: partial(fill, module, places[part], dtypes.of(part)) for part, module in modules.items()}
+    fills = {part: partial(fill, module, places[part], dtypes.of(part), track) for part, module in modules.items()}
     fill_unet = fills.pop("unet")
     for fill_part in fills.values():
         fill_part()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BufferedReader
+from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from lora_diffusion.container import Header, TensorInfo, read_header
 from lora_diffusion.ldm_names import Place
 from lora_diffusion.models.errors import ModelError
+from lora_diffusion.progress import Track, silent
+
+_LARGE_BYTES = 10**9  # read, cast and checked in some 2 seconds
 
 DTYPES = {
     "F64": torch.float64,
@@ -96,6 +100,10 @@ class Stored:
         return self.file.header.tensors[self.place.key]
 
     @property
+    def num_bytes(self) -> int:
+        return (self.info.end - self.info.begin) // (1 if self.place.third is None else 3)
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """The shape it will have when it is read."""
         shape = self.info.shape
@@ -112,17 +120,22 @@ def _without_1x1(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
 
 
-def fill(module: nn.Module, stored: Mapping[str, Stored], dtype: torch.dtype) -> None:
+def fill(module: nn.Module, stored: Mapping[str, Stored], dtype: torch.dtype, track: Track = silent) -> None:
     """Gives `module`, made without weights, the tensors of `stored` (name in the module → where it is) in `dtype`.
 
-    Beside the module there is never more than one tensor in memory. Raises ModelError for a value that is not finite.
+    Beside the module there is never more than one tensor in memory. track: shows how far it is, if that takes a while.
+    Raises ModelError for a value that is not finite.
     """
     expected = module.state_dict()
     weights: dict[str, Tensor] = {}
-    for file in {id(item.file): item.file for item in stored.values()}.values():
-        mine = [name for name in expected if name in stored and stored[name].file is file]
+    files = list(dict.fromkeys(item.file for item in stored.values()))
+    names = [name for name in expected if name in stored]
+    names.sort(key=lambda name: (files.index(stored[name].file), stored[name].info.begin))
+    is_large = sum(stored[name].num_bytes for name in names) > _LARGE_BYTES
+    tracked = track(names, f"Reading {files[0].path.name}") if is_large else names
+    for file, mine in groupby(tracked, key=lambda name: stored[name].file):
         with file:
-            for name in sorted(mine, key=lambda name: stored[name].info.begin):
+            for name in mine:
                 weights[name] = _read(stored[name], tuple(expected[name].shape), dtype)
     module.load_state_dict(weights, strict=True, assign=True)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
@@ -13,6 +15,9 @@ from lora_diffusion.models.load import load_model
 from tests.single_file import make_single_file
 from tests.tiny import make_tiny_sd1, make_tiny_sdxl
 from tests.training_runs import draw_pictures, prepare, write_config
+
+T = TypeVar("T")
+PARTS = ("unet", "vae", "text_encoder")
 
 
 def loaded(folder: Path, family: str) -> DiffusionModel:
@@ -111,3 +116,24 @@ def test_pictures_and_captions_are_encoded_before_the_unet_is_read(
     trainer = prepare(config)
     assert waited == {"encode_image": {True}, "encode_text": {True}}
     assert not any(parameter.is_meta for parameter in trainer.loss.model.unet.parameters())
+
+
+@pytest.mark.parametrize("is_single", [False, True])
+def test_reading_large_parts_is_shown(is_single: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_tiny_sd1(tmp_path / "base")
+    path = make_single_file(folder, tmp_path / "all.safetensors") if is_single else folder
+    whole = load_model(folder)
+    sizes = [sum(weight.nbytes for weight in whole.get_submodule(part).parameters()) for part in PARTS]
+    assert sizes[0] == max(sizes)
+    monkeypatch.setattr("lora_diffusion.models.weights._LARGE_BYTES", sizes[0] - 1)
+    shown: list[tuple[str, int]] = []
+
+    def track(items: Sequence[T], description: str) -> Iterable[T]:
+        shown.append((description, len(items)))
+        return items
+
+    model = load_model(path, configs=folder if is_single else None, unet_waits=True, track=track)
+    assert shown == []
+    model.place_unet()
+    name = path.name if is_single else "diffusion_pytorch_model.safetensors"
+    assert shown == [(f"Reading {name}", len(model.unet.state_dict()))]
