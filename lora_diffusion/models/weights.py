@@ -80,12 +80,12 @@ class TensorFile:
 
 
 def _identity(path: Path) -> tuple[int, ...]:
-    """What changes when a file is written again or replaced; empty if there is none."""
+    """What changes when a file is written again or replaced; empty if there is none. Network drives may lack inodes."""
     try:
         found = path.stat()
     except OSError:
         return ()
-    return found.st_size, found.st_mtime_ns, found.st_ino
+    return found.st_size, found.st_mtime_ns
 
 
 @dataclass(frozen=True)
