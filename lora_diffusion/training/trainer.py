@@ -263,6 +263,8 @@ class Trainer:
         pictures = [f"{name} ({caption!r})" for name, caption in pairs]
         # The update has not been made: the weights are those of the last good step.
         self._save_checkpoint()
+        if self.accelerator.is_main_process:
+            self.run.beat(self.step, self.plan.steps, self._seconds_per_step)
         kept = f"The weights of step {self.step} are in {self.run.checkpoints}. " if self.step else ""
         raise RunError(
             f"The {what} became {value} at step {self.step + 1} (learning rate {lr:.2e}) on {', '.join(pictures)}. "

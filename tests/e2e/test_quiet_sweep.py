@@ -126,7 +126,7 @@ def test_a_loss_that_is_not_finite_ends_its_member_at_its_last_good_step_and_no_
             train_together(members, tmp_path / "sweep")
 
     failed = RunFolder(members[1].config.run.output)
-    assert failed.read_state().status == "failed"
+    assert (failed.read_state().status, failed.read_state().step) == ("failed", 2)
     assert [row["step"] for row in read_metrics(failed.metrics)] == [1, 2]
     assert_each_as_alone(members[::2], tmp_path)
     good = alone(members[1], tmp_path, "run.save_every=2")
