@@ -100,10 +100,6 @@ class Stored:
         return self.file.header.tensors[self.place.key]
 
     @property
-    def num_bytes(self) -> int:
-        return (self.info.end - self.info.begin) // (1 if self.place.third is None else 3)
-
-    @property
     def shape(self) -> tuple[int, ...]:
         """The shape it will have when it is read."""
         shape = self.info.shape
@@ -131,7 +127,7 @@ def fill(module: nn.Module, stored: Mapping[str, Stored], dtype: torch.dtype, tr
     files = list(dict.fromkeys(item.file for item in stored.values()))
     names = [name for name in expected if name in stored]
     names.sort(key=lambda name: (files.index(stored[name].file), stored[name].info.begin))
-    is_large = sum(stored[name].num_bytes for name in names) > _LARGE_BYTES
+    is_large = sum(tensor.nbytes for tensor in expected.values()) > _LARGE_BYTES
     tracked = track(names, f"Reading {files[0].path.name}") if is_large else names
     for file, mine in groupby(tracked, key=lambda name: stored[name].file):
         with file:
