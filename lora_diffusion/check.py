@@ -83,12 +83,11 @@ def check_run(config: TrainConfig, track: Track = silent) -> CheckReport:
     tokens = token_counts(config, model, data)
     data_report = build_report(data.scans, tokens, config.model.max_tokens)
     steps = run_steps(config, data)
-    largest = max((sample.bucket for sample in data.training), key=lambda bucket: bucket.width * bucket.height)
-    encoding = encoding_bytes(model, largest, latent_batch_size(data))
+    encoding = encoding_bytes(model, data.largest, latent_batch_size(data))
     text = _encoder(config, model)
-    adapters = [adapter for group in prepare_model(config, model).values() for adapter in group.values()]
+    adapters = [adapter for group in prepare_model(config, model, data.largest).values() for adapter in group.values()]
     step = estimate_step(
-        model, largest, config.run.batch_size, encode=text, accumulation=config.run.gradient_accumulation
+        model, data.largest, config.run.batch_size, encode=text, accumulation=config.run.gradient_accumulation
     )
     steps_per_epoch = data.batches.batches_per_epoch / config.run.gradient_accumulation
     return CheckReport(

@@ -13,6 +13,7 @@ from lora_diffusion.models.checkpointing import checkpoint_blocks
 from lora_diffusion.models.fused_layers import fuse_layers
 from lora_diffusion.models.load import load_model
 from lora_diffusion.models.packed_conv import has_fast_bf16, pack_convolutions
+from lora_diffusion.models.winograd import transform_convolutions
 from lora_diffusion.progress import Track, silent
 from lora_diffusion.recipe_adapters import Adapters, inject_adapters, merge_into_base
 
@@ -52,23 +53,36 @@ def release_unused(configs: Sequence[TrainConfig], model: DiffusionModel) -> Non
     model.release(part for part in model.reloads if part == "vae" or is_as_on_disk)
 
 
-def suit_to_device(model: DiffusionModel) -> None:
-    """Bring the UNet into the order that its device computes fastest in; what it computes stays the same."""
+def suit_to_device(model: DiffusionModel, size: tuple[int, int]) -> None:
+    """Bring the UNet into the form that its device computes fastest in; what it computes stays the same.
+
+    size: width and height in pixels of the largest pictures.
+    """
     device = next(model.unet.parameters()).device
     if device.type == "cuda":
         fuse_layers(model.unet)
-    elif has_fast_bf16():
-        pack_convolutions(model.unet)
+        return
+    if has_fast_bf16():
+        pack_convolutions(model.unet)  # of bfloat16
+    transform_convolutions(model.unet, model.num_latent_pixels(size))  # of float32
 
 
 def prepare_model(
-    config: TrainConfig, model: DiffusionModel, *, is_shared: bool = False, is_resumed: bool = False
+    config: TrainConfig,
+    model: DiffusionModel,
+    size: tuple[int, int],
+    *,
+    is_shared: bool = False,
+    is_resumed: bool = False,
 ) -> Adapters:
-    """From a base that has encoded what is cached to one that is trained; returns its adapters."""
+    """From a base that has encoded what is cached to one that is trained; returns its adapters.
+
+    size: width and height in pixels of the largest pictures.
+    """
     if not is_shared:
         release_unused([config], model)
     model.place_unet()
-    suit_to_device(model)
+    suit_to_device(model, size)
     adapters = inject_adapters(config, model, is_resumed=is_resumed)
     if config.model.gradient_checkpointing:
         checkpoint_blocks(model.unet, only_outer=config.model.gradient_checkpointing == "outer")

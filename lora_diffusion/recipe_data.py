@@ -36,6 +36,11 @@ class TrainingSet:
     batches: BatchList
 
     @property
+    def largest(self) -> Bucket:
+        """The size with the most pixels that is trained on."""
+        return max((sample.bucket for sample in self.training), key=lambda bucket: bucket.width * bucket.height)
+
+    @property
     def fingerprint(self) -> dict[str, str]:
         """Sample id → caption: what a resume compares. Pictures are part of their id."""
         return {sample.id: sample.caption for sample in self.training}

@@ -20,6 +20,7 @@ from lora_diffusion.generation.request import Request, adapter_name
 from lora_diffusion.generation.sheet import Sheet, draw_cells
 from lora_diffusion.models.load import load_model
 from lora_diffusion.models.precision import DTYPES, resolve_precision
+from lora_diffusion.models.winograd import transform_convolutions
 from lora_diffusion.progress import Track, silent
 
 logger = logging.getLogger(__name__)
@@ -98,12 +99,28 @@ def ready_engine(
         raise UserError("Two adapter files have the same name, so requests cannot tell them apart. Rename one of them.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = choose_dtype(precision, device)
-    engine = Engine(load_model(base, configs=configs, dtype=dtype, device=device, track=track))
+    engine = load_engine(base, dtype, device, configs=configs, track=track)
     for name, file in files.items():
         for note in file.notes:
             logger.warning("%s: %s", file.path, note)
         engine.load_adapter(name, file)
     return engine, {name: file.metadata[HASH_KEY] for name, file in files.items() if HASH_KEY in file.metadata}
+
+
+def load_engine(
+    base: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    configs: Path | None = None,
+    batch_size: int = 8,
+    track: Track = silent,
+) -> Engine:
+    """The base without adapters, in the form that draws fastest. configs: see `load_model`."""
+    model = load_model(base, configs=configs, dtype=dtype, device=device, track=track)
+    if device.type == "cpu":
+        transform_convolutions(model.unet, model.num_latent_pixels(model.default_size))
+    return Engine(model, batch_size=batch_size)
 
 
 def base_name(base: str) -> str:

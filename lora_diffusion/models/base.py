@@ -271,6 +271,10 @@ class DiffusionModel(nn.Module, ABC):
         """Pixels that image sides must be multiples of, for the UNet's levels to halve without a remainder."""
         return self.latent_factor * 2 ** (len(self.unet.config["block_out_channels"]) - 1)
 
+    def num_latent_pixels(self, size: tuple[int, int]) -> int:
+        """Of a picture of `size` (width, height) pixels."""
+        return (size[0] // self.latent_factor) * (size[1] // self.latent_factor)
+
     @property
     def default_size(self) -> tuple[int, int]:
         """Width and height in pixels that the base was made for."""

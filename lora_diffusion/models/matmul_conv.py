@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+_FEW = 16  # columns: MKL is 2 to 5 times as fast when they are rows
 
 
 def multiply_convolutions(root: nn.Module) -> None:
@@ -23,29 +28,86 @@ def _can_be_product(layer: nn.Conv2d) -> bool:
 
 
 class MatmulConv2d(nn.Conv2d):
-    """A convolution that multiplies its weight by all windows of the picture where that is faster.
+    """A convolution that multiplies its weight by all windows of the pictures where that is faster.
 
     torch gives all but the smallest ones to oneDNN, which reorders the weight at every call, and for the gradient once
     more. That takes as long as there are weights; to lay out the windows (9 times the picture for a 3x3 kernel) takes
-    as long as there are pixels. Forward and backward, milliseconds of one core, oneDNN against the product (batch 1,
-    AMD EPYC without AVX-512, torch 2.13):
+    as long as there are pixels. torch's own product reads the weight for each picture of a batch; `_Product` reads it
+    once, which takes some copies more. Forward and backward, milliseconds of one core: oneDNN, torch's product and
+    `_Product` (AMD EPYC without AVX-512, torch 2.13):
 
-    | channels | 4 x 4 | 8 x 8 | 16 x 16 |
+    | channels | pictures | batch 1 | batch 4 |
     | --- | --- | --- | --- |
-    | 2560 to 1280 | 345, 93 | 403, 185 | |
-    | 1280 to 1280 | 42, 42 | 227, 100 | 364, 332 |
-    | 640 to 640 | | 23, 21 | 77, 71 |
-    | 320 to 320 | | 6, 6 | 18, 18 |
+    | 1280 to 1280 | 8 x 8 | 167, 66, 69 | 323, 301, 270 |
+    | 1280 to 1280 | 4 x 4 | -, 37, 41 | 193, 116, 69 |
+    | 1280 to 1280 | 2 x 2 | -, 69, 25 | 147, 269, 33 |
+    | 256 to 256 | 2 x 2 | -, 2.0, 1.0 | 1.2, 8.2, 1.9 |
+    | 640 to 640 | 8 x 8 | 28, 21, 25 | 75, 72, 68 |
     """
 
     MIN_CHANNELS_PER_PIXEL = 4
-    """Of the output; 2.5 to 5 is where both take as long. Of one picture: each is a product by itself, and so what is
-    computed for it does not depend on the others of its batch."""
+    """Of the output, and of one picture; 2.5 to 5 is where oneDNN takes as long."""
+    MIN_WEIGHTS = 1 << 20
+    """With fewer, oneDNN is as fast."""
+    MIN_WEIGHTS_OF_FEW = 1 << 18
+    """The same where a batch of one has few pixels, which torch gives to its own product whatever the weights."""
 
     def forward(self, input: Tensor) -> Tensor:
         """input: (B, C, H, W)."""
-        height, width = input.shape[-2:]
+        batch, _, height, width = input.shape
         pixels = (height // self.stride[0]) * (width // self.stride[1])
-        if self.out_channels < self.MIN_CHANNELS_PER_PIXEL * pixels:
+        is_alone, has_few = batch == 1, batch * pixels < _FEW
+        enough = self.MIN_WEIGHTS_OF_FEW if is_alone and has_few else self.MIN_WEIGHTS
+        is_large = self.out_channels < self.MIN_CHANNELS_PER_PIXEL * pixels
+        if is_large or self.weight.numel() < enough or self.weight.requires_grad:
             return super().forward(input)
-        return torch.ops.aten.thnn_conv2d(input, self.weight, self.kernel_size, self.bias, self.stride, self.padding)
+        if is_alone and not has_few:
+            return torch.ops.aten.thnn_conv2d(
+                input, self.weight, self.kernel_size, self.bias, self.stride, self.padding
+            )
+        return _Product.apply(input, self)  # pyright: ignore[reportReturnType]
+
+
+class _Product(torch.autograd.Function):
+    """conv2d with a frozen weight as one product for the whole batch."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: MatmulConv2d) -> Tensor:
+        ctx.layer = layer
+        ctx.shape = x.shape
+        windows = _windows(_padded(x.transpose(0, 1), layer), layer)
+        y = _product(layer.weight.flatten(1), torch.stack(windows, 1).flatten(2).flatten(0, 1))
+        y = y.view(-1, *windows[0].shape[1:]).transpose(0, 1).contiguous()
+        return y if layer.bias is None else y.add_(layer.bias[:, None, None])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        layer = ctx.layer
+        batch, channels, height, width = ctx.shape
+        grad_windows = _product(layer.weight.flatten(1).T, grad_output.transpose(0, 1).flatten(1))
+        down, across = layer.padding
+        grad = grad_output.new_zeros(channels, batch, height + 2 * down, width + 2 * across)
+        windows = _windows(grad, layer)
+        for window, added in zip(windows, grad_windows.view(channels, len(windows), -1).unbind(1), strict=True):
+            window += added.view(window.shape)
+        return grad[..., down : down + height, across : across + width].transpose(0, 1).contiguous(), None
+
+
+def _padded(x: Tensor, layer: nn.Conv2d) -> Tensor:
+    down, across = layer.padding
+    return nn.functional.pad(x, (across, across, down, down))
+
+
+def _windows(x: Tensor, layer: nn.Conv2d) -> list[Tensor]:
+    """For each place in the kernel, what all outputs see through it. x: (C, B, H, W), padded."""
+    (tall, wide), (down, across) = layer.kernel_size, layer.stride
+    height, width = x.shape[2] - tall + 1, x.shape[3] - wide + 1
+    return [x[:, :, i : i + height : down, j : j + width : across] for i in range(tall) for j in range(wide)]
+
+
+def _product(weight: Tensor, columns: Tensor) -> Tensor:
+    """The product weight @ columns."""
+    if columns.shape[1] < _FEW:
+        return (columns.T.contiguous() @ weight.T).T.contiguous()
+    return weight @ columns

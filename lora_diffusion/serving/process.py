@@ -17,10 +17,8 @@ import uvicorn
 
 from lora_diffusion.errors import UserError
 from lora_diffusion.files import write_json_atomically
-from lora_diffusion.generation.engine import Engine
 from lora_diffusion.generation.library import AdapterLibrary
-from lora_diffusion.generation.request_line import base_name, choose_dtype
-from lora_diffusion.models.load import load_model
+from lora_diffusion.generation.request_line import base_name, choose_dtype, load_engine
 from lora_diffusion.serving.app import Service, create_app
 from lora_diffusion.serving.device import DeviceLock
 from lora_diffusion.serving.orders import OrderBook
@@ -60,7 +58,7 @@ def serve(
     listener = _listen(host, port)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     dtype = choose_dtype(precision, device)
-    engine = Engine(load_model(base, configs=configs, dtype=dtype, device=device), batch_size=batch_size)
+    engine = load_engine(base, dtype, device, configs=configs, batch_size=batch_size)
     library = AdapterLibrary(engine, adapters, budget_bytes=memory_mb * _MB)
     book = OrderBook()
     lock_name = "cpu" if device.type == "cpu" else f"cuda-{device.index}"

@@ -57,12 +57,17 @@ def operations(layer: nn.Module, x: Tensor) -> list[str]:
         (1, 1, (2, 96, 4, 2)),
         (3, 1, (1, 96, 12, 9)),
         (3, 2, (1, 96, 17, 30)),
+        (3, 1, (2, 96, 2, 3)),
+        (3, 2, (1, 96, 3, 4)),
+        (1, 1, (1, 96, 3, 3)),
     ],
-    ids=["one", "batch", "halved", "1x1", "large", "large, halved"],
+    ids=["one", "batch", "halved", "1x1", "large", "large, halved", "few", "few, halved", "1x1 few"],
 )
 def test_output_and_gradient_are_those_of_the_plain_layer(
-    kernel: int, stride: int, shape: tuple[int, ...], bias: bool, threads: int
+    kernel: int, stride: int, shape: tuple[int, ...], bias: bool, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(MatmulConv2d, "MIN_WEIGHTS", 1)
+    monkeypatch.setattr(MatmulConv2d, "MIN_WEIGHTS_OF_FEW", 1)
     layer = convolution(96, 96, kernel, stride, bias=bias)
     multiply_convolutions(layer)
     x = picture(*shape).requires_grad_()
@@ -83,19 +88,36 @@ def test_output_and_gradient_are_those_of_the_plain_layer(
 
 
 def test_it_is_a_product_where_weights_are_many_for_the_pixels() -> None:
-    layer = convolution(64, 64)
+    layer = convolution(320, 384)
+    assert layer.weight.numel() > MatmulConv2d.MIN_WEIGHTS
     multiply_convolutions(layer)
-    small, large = (operations(layer, picture(1, 64, *size)) for size in ((4, 4), (4, 5)))  # 4 channels per pixel, 3.2
-    assert small == ["_slow_conv2d_forward.default"]
-    assert large == ["convolution.default"]
-    assert operations(layer, picture(9, 64, 4, 4)) == small, "each picture of a batch is a product by itself"
+    assert operations(layer, picture(1, 320, 12, 8)) == ["_slow_conv2d_forward.default"]  # 4 channels per pixel
+    assert operations(layer, picture(1, 320, 12, 9)) == ["convolution.default"]  # 3.6
+    assert operations(layer, picture(2, 320, 12, 9)) == ["convolution.default"], "the batch does not count"
+    for few_or_several in (picture(2, 320, 12, 8), picture(1, 320, 3, 5)):
+        assert operations(layer, few_or_several).count("mm.default") == 1, "one product for all"
 
 
-def test_what_is_computed_for_a_picture_does_not_depend_on_its_batch() -> None:
+def test_of_medium_weights_it_is_a_product_for_one_picture_of_few_pixels_only() -> None:
+    layer = convolution(192, 192)
+    assert MatmulConv2d.MIN_WEIGHTS > layer.weight.numel() > MatmulConv2d.MIN_WEIGHTS_OF_FEW
+    multiply_convolutions(layer)
+    assert "mm.default" in operations(layer, picture(1, 192, 3, 5))
+    assert operations(layer, picture(1, 192, 4, 4)) == ["convolution.default"]
+    assert operations(layer, picture(2, 192, 3, 2)) == ["convolution.default"]
+
+
+def test_small_weights_stay_with_torch() -> None:
     layer = convolution(64, 64)
     multiply_convolutions(layer)
-    batch = picture(5, 64, 4, 4)
-    assert torch.equal(layer(batch)[3:4], layer(batch[3:4]))
+    assert operations(layer, picture(1, 64, 1, 1)) == ["convolution.default"]
+
+
+def test_a_weight_that_is_trained_gets_its_gradient() -> None:
+    layer = convolution(384, 384).requires_grad_()
+    multiply_convolutions(layer)
+    layer(picture(2, 384, 2, 2)).square().sum().backward()
+    assert layer.weight.grad is not None and layer.bias.grad is not None
 
 
 def test_layers_stay_the_same_objects_with_the_same_weights() -> None:
