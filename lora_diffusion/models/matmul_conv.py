@@ -95,6 +95,7 @@ class _Product(torch.autograd.Function):
 
 
 def _padded(x: Tensor, layer: nn.Conv2d) -> Tensor:
+    assert not isinstance(layer.padding, str)
     down, across = layer.padding
     return nn.functional.pad(x, (across, across, down, down))
 
