@@ -104,7 +104,7 @@ def make_model(base: str, unet: str, dtype: torch.dtype) -> DiffusionModel:
 
 def make_trainers(model: DiffusionModel, configs: list[TrainConfig]) -> tuple[list[Trainer], JointLayout]:
     """Trainers on one base, as `lora-diffusion sweep` makes them."""
-    layout, base, trainers = JointLayout(), SharedBase(model), list[Trainer]()
+    layout, base, trainers = JointLayout(), SharedBase(model, len(configs)), list[Trainer]()
     for config in configs:
         run = RunFolder(config.run.output)
         run.path.mkdir(parents=True)
@@ -215,6 +215,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     model = make_model(arguments.base, arguments.unet, DTYPES[arguments.precision])
+    num_parameters = sum(parameter.numel() for parameter in model.unet.parameters())
     values = {"base": arguments.base, "targets": arguments.targets, "resolution": arguments.resolution}
     values["precision"] = arguments.precision
     is_on_gpu = torch.cuda.is_available()
@@ -234,7 +235,7 @@ def main() -> None:
             "diffusers": diffusers.__version__,
         },
         "settings": {key: str(value) for key, value in vars(arguments).items() if key != "out"},
-        "unet_parameters": sum(parameter.numel() for parameter in model.unet.parameters()),
+        "unet_parameters": num_parameters,
         "peak_rss_gb": psutil.Process().memory_info().rss / 2**30,
         **measured,
     }

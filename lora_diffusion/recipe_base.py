@@ -53,10 +53,10 @@ def release_unused(configs: Sequence[TrainConfig], model: DiffusionModel) -> Non
     model.release(part for part in model.reloads if part == "vae" or is_as_on_disk)
 
 
-def suit_to_device(model: DiffusionModel, size: tuple[int, int]) -> None:
+def suit_to_device(model: DiffusionModel, num_pixels: int) -> None:
     """Bring the UNet into the form that its device computes fastest in; what it computes stays the same.
 
-    size: width and height in pixels of the largest pictures.
+    num_pixels: of the latents that it sees at once.
     """
     device = next(model.unet.parameters()).device
     if device.type == "cuda":
@@ -64,25 +64,25 @@ def suit_to_device(model: DiffusionModel, size: tuple[int, int]) -> None:
         return
     if has_fast_bf16():
         pack_convolutions(model.unet)  # of bfloat16
-    transform_convolutions(model.unet, model.num_latent_pixels(size))  # of float32
+    transform_convolutions(model.unet, num_pixels)  # of float32
 
 
 def prepare_model(
     config: TrainConfig,
     model: DiffusionModel,
-    size: tuple[int, int],
+    num_pixels: int,
     *,
     is_shared: bool = False,
     is_resumed: bool = False,
 ) -> Adapters:
     """From a base that has encoded what is cached to one that is trained; returns its adapters.
 
-    size: width and height in pixels of the largest pictures.
+    num_pixels: of the latents that the UNet sees at once.
     """
     if not is_shared:
         release_unused([config], model)
     model.place_unet()
-    suit_to_device(model, size)
+    suit_to_device(model, num_pixels)
     adapters = inject_adapters(config, model, is_resumed=is_resumed)
     if config.model.gradient_checkpointing:
         checkpoint_blocks(model.unet, only_outer=config.model.gradient_checkpointing == "outer")

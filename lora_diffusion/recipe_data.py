@@ -40,6 +40,10 @@ class TrainingSet:
         """The size with the most pixels that is trained on."""
         return max((sample.bucket for sample in self.training), key=lambda bucket: bucket.width * bucket.height)
 
+    def pixels_at_once(self, model: DiffusionModel, batch_size: int) -> int:
+        """Of the latents of the largest batch."""
+        return model.num_latent_pixels(self.largest) * batch_size
+
     @property
     def fingerprint(self) -> dict[str, str]:
         """Sample id → caption: what a resume compares. Pictures are part of their id."""
@@ -103,8 +107,10 @@ def buckets_of(table: DatasetConfig, model: DiffusionModel) -> tuple[Bucket, ...
 class SharedBase:
     """A loaded base and its caches: trainings that share it encode a picture or a caption once and hold it once."""
 
-    def __init__(self, model: DiffusionModel) -> None:
+    def __init__(self, model: DiffusionModel, num_trainings: int = 1) -> None:
+        """num_trainings: how many take their steps together on it."""
         self.model = model
+        self.num_trainings = num_trainings
         self._latents: dict[Path | None, LatentCache] = {}
         self._texts: dict[tuple[Path | None, int, int], TextCache] = {}
 

@@ -171,7 +171,7 @@ def _build(runs: Sequence[_Run], layout: JointLayout) -> list[Trainer]:
     accelerators = [make_accelerator(run.member.config) for run in runs]  # each with a loss scaler of its own
     device = accelerators[0].device
     model = load_base(config, resolve_precision(config.run.precision, device), device, bar)
-    base = SharedBase(model)
+    base = SharedBase(model, len(runs))
     trainers: list[Trainer] = []
     for run, accelerator in zip(runs, accelerators, strict=True):
         with _speaking(run.name), _blamed(run.member):

@@ -24,15 +24,15 @@ _STRIP_BYTES = 16 << 20  # of the transformed picture at once, so that it stays 
 MIN_CHANNELS = 256
 """Of both sides. With fewer, the transformations take as long as is gained."""
 MIN_PIXELS = 256
-"""Of one picture. With fewer, reading the larger weights takes as long as is gained."""
+"""Of a batch. With fewer, reading the larger weights takes as long as is gained."""
 
 
 def transform_convolutions(unet: nn.Module, num_pixels: int) -> int:
     """Transform the float32 convolutions of a Stable Diffusion UNet that gain from it; returns how many.
 
-    unet: frozen, on the CPU. num_pixels: of the latents that it will see, which settles the layers' sizes; other sizes
-    are computed as correctly. The layers stay the same objects. Their weights take 16/9 of their memory; never is more
-    than one there twice. Doing it again transforms what the new size adds.
+    unet: frozen, on the CPU. num_pixels: of the latents that it sees at once, the whole batch; what is smaller is
+    computed as correctly. The layers stay the same objects. Their weights take 16/9 of their memory; never is more than
+    one there twice. Doing it again transforms what the new number adds.
     """
     depth = len([name for name, _ in unet.named_modules() if name.startswith("down_blocks.") and name.count(".") == 1])
     paths = [
