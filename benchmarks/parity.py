@@ -119,7 +119,7 @@ def _plain_layers() -> Iterator[None]:
     """Inside, bases are left as diffusers loads them, and LoRAs add two products to their layer's output."""
     with (
         mock.patch.object(load, "multiply_convolutions", lambda unet: None),
-        mock.patch.object(recipe_base, "suit_to_device", lambda model, num_pixels: None),
+        mock.patch.object(recipe_base, "suit_to_device", lambda *_: None),
         mock.patch.object(LoRA, "forward", _plain_forward),
         torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
     ):

@@ -85,8 +85,8 @@ def check_run(config: TrainConfig, track: Track = silent) -> CheckReport:
     steps = run_steps(config, data)
     encoding = encoding_bytes(model, data.largest, latent_batch_size(data))
     text = _encoder(config, model)
-    num_pixels = data.pixels_at_once(model, config.run.batch_size)
-    adapters = [adapter for group in prepare_model(config, model, num_pixels).values() for adapter in group.values()]
+    prepared = prepare_model(config, model, data.pixels_at_once(model, config.run.batch_size), track)
+    adapters = [adapter for group in prepared.values() for adapter in group.values()]
     step = estimate_step(
         model, data.largest, config.run.batch_size, encode=text, accumulation=config.run.gradient_accumulation
     )

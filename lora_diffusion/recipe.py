@@ -85,7 +85,7 @@ def build_on(
     with accelerator.main_process_first():  # one process fills the caches, the others find them filled
         latents, text = fill_caches(config, base, data, track)
     num_pixels = data.pixels_at_once(model, config.run.batch_size) * base.num_trainings
-    adapters = prepare_model(config, model, num_pixels, is_shared=is_shared, is_resumed=resume)
+    adapters = prepare_model(config, model, num_pixels, track, is_shared=is_shared, is_resumed=resume)
     if config.model.compile:  # not in prepare_model: `check` would wait for minutes to time a step
         compile_blocks(model.unet)
     trainer = _assemble(config, run, accelerator, model, data, latents, text, adapters, previewer)

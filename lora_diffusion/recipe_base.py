@@ -53,7 +53,7 @@ def release_unused(configs: Sequence[TrainConfig], model: DiffusionModel) -> Non
     model.release(part for part in model.reloads if part == "vae" or is_as_on_disk)
 
 
-def suit_to_device(model: DiffusionModel, num_pixels: int) -> None:
+def suit_to_device(model: DiffusionModel, num_pixels: int, track: Track = silent) -> None:
     """Bring the UNet into the form that its device computes fastest in; what it computes stays the same.
 
     num_pixels: of the latents that it sees at once.
@@ -64,13 +64,14 @@ def suit_to_device(model: DiffusionModel, num_pixels: int) -> None:
         return
     if has_fast_bf16():
         pack_convolutions(model.unet)  # of bfloat16
-    transform_convolutions(model.unet, num_pixels)  # of float32
+    transform_convolutions(model.unet, num_pixels, track)  # of float32
 
 
 def prepare_model(
     config: TrainConfig,
     model: DiffusionModel,
     num_pixels: int,
+    track: Track = silent,
     *,
     is_shared: bool = False,
     is_resumed: bool = False,
@@ -82,7 +83,7 @@ def prepare_model(
     if not is_shared:
         release_unused([config], model)
     model.place_unet()
-    suit_to_device(model, num_pixels)
+    suit_to_device(model, num_pixels, track)
     adapters = inject_adapters(config, model, is_resumed=is_resumed)
     if config.model.gradient_checkpointing:
         checkpoint_blocks(model.unet, only_outer=config.model.gradient_checkpointing == "outer")

@@ -119,7 +119,7 @@ def load_engine(
     """The base without adapters, in the form that draws fastest. configs: see `load_model`."""
     model = load_model(base, configs=configs, dtype=dtype, device=device, track=track)
     if device.type == "cpu":
-        transform_convolutions(model.unet, model.num_latent_pixels(model.default_size))
+        transform_convolutions(model.unet, model.num_latent_pixels(model.default_size), track)
     return Engine(model, batch_size=batch_size)
 
 

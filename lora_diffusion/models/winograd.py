@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lora_diffusion.models.heap import trim_heap
+from lora_diffusion.progress import Track, silent
 
 _G = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 _ORDER = (0, 1, 2, 3)
@@ -27,7 +28,7 @@ MIN_PIXELS = 256
 """Of a batch. With fewer, reading the larger weights takes as long as is gained."""
 
 
-def transform_convolutions(unet: nn.Module, num_pixels: int) -> int:
+def transform_convolutions(unet: nn.Module, num_pixels: int, track: Track = silent) -> int:
     """Transform the float32 convolutions of a Stable Diffusion UNet that gain from it; returns how many.
 
     unet: frozen, on the CPU. num_pixels: of the latents that it sees at once, the whole batch; what is smaller is
@@ -40,7 +41,7 @@ def transform_convolutions(unet: nn.Module, num_pixels: int) -> int:
         for path, module in unet.named_modules()
         if _can_be_transformed(module) and num_pixels >> 2 * _level(path, depth) >= MIN_PIXELS
     ]
-    for path in paths:
+    for path in track(paths, "transforming convolutions"):
         WinogradConv2d.transform(unet.get_submodule(path))
         trim_heap()
     return len(paths)
@@ -148,7 +149,7 @@ def _convolve(x: Tensor, kernels: Tensor, order: Sequence[int]) -> Tensor:
 def _transform_kernel(g: Tensor) -> Tensor:
     """G g G^T: (16, out, in) of (out, in, 3, 3)."""
     matrix = torch.tensor(_G, dtype=g.dtype)
-    return torch.einsum("ia,ocab,jb->ijoc", matrix, g, matrix).flatten(0, 1).contiguous()
+    return (torch.kron(matrix, matrix) @ g.flatten(2).flatten(0, 1).T).view(16, *g.shape[:2])
 
 
 def _transform_kernel_back(m: Sequence[Tensor]) -> Tensor:
