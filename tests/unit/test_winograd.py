@@ -174,7 +174,7 @@ def test_the_layers_of_stable_diffusion_are_chosen_by_the_size_that_each_sees(
             )
     with torch.no_grad():
         unet(picture(1, 4, side, side).to("meta"), torch.zeros(1, device="meta"), picture(1, 77, 768).to("meta"))
-    chosen: list[str] = []
+    chosen: list[nn.Module] = []
     monkeypatch.setattr(winograd, "_can_be_transformed", _is_wide)
     monkeypatch.setattr(WinogradConv2d, "transform", staticmethod(chosen.append))
     transform_convolutions(unet, side * side)
@@ -212,6 +212,7 @@ def test_every_adapter_kind_does_on_a_transformed_layer_what_it_does_on_a_plain_
     torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=100 * FLOAT32)
     torch.testing.assert_close(grads[1], grads[0], rtol=0, atol=100 * FLOAT32)
     assert type(root[0]) is nn.Conv2d
+    # the transformation and back rounds by 2, the sum once more
     torch.testing.assert_close(root[0].weight, plain_root[0].weight, rtol=0, atol=4 * FLOAT32)
     torch.testing.assert_close(root(x), plain_root(x), rtol=0, atol=100 * FLOAT32)
 
@@ -227,10 +228,11 @@ def test_ejecting_an_adapter_leaves_the_transformed_layer() -> None:
     with torch.no_grad():
         adapters["0"].lora_up.weight.fill_(0.01)
     expected = exact + adapters["0"].delta()
+    # the transformation and back rounds by 2, the sum once more
     torch.testing.assert_close(changed_weight(adapters["0"]), expected, rtol=0, atol=4 * FLOAT32)
 
 
-def test_an_engine_draws_with_transformed_layers(tiny_sd1: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_base_of_an_engine_is_transformed(tiny_sd1: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(winograd, "MIN_CHANNELS", 8)
     monkeypatch.setattr(winograd, "MIN_PIXELS", 1)
     unet = load_engine(str(tiny_sd1), torch.float32, torch.device("cpu")).model.unet
