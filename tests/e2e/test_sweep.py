@@ -13,12 +13,15 @@ from pathlib import Path
 import pytest
 from accelerate import Accelerator
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
+from lora_diffusion import recipe_base
 from lora_diffusion.config_sweep import Member
 from lora_diffusion.errors import RunError, UserError
 from lora_diffusion.jobs.device_lock import device_lock, holder_of
 from lora_diffusion.jobs.follow import RunFollower
+from lora_diffusion.models import winograd
+from lora_diffusion.progress import Track
 from lora_diffusion.runs import RunFolder
 from lora_diffusion.training.joint import JointTrainer
 from lora_diffusion.training.trainer import Trainer
@@ -53,6 +56,28 @@ def test_members_of_other_rates_and_ranks_learn_what_they_learn_alone(tiny_sd1: 
     first, last = weights_of(members[0]), weights_of(members[3])
     up = next(name for name in first if name.endswith("lora_up.weight"))
     assert first[up].shape != last[up].shape
+
+
+def test_convolutions_transformed_for_the_pictures_of_all_members_change_nothing(
+    tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members = members_of(make_config(tmp_path, tiny_sd1), "adapter.rank=2,4")
+    seen: list[tuple[int, int]] = []
+
+    def transform(unet: nn.Module, num_pixels: int, track: Track) -> int:
+        seen.append((num_pixels, winograd.transform_convolutions(unet, num_pixels, track)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(recipe_base, "transform_convolutions", transform)
+    with monkeypatch.context() as patch:
+        patch.setattr(winograd, "MIN_CHANNELS", 8)
+        patch.setattr(winograd, "MIN_PIXELS", 1)
+        train_together(members, tmp_path / "sweep")
+    assert_each_as_alone(members, tmp_path)  # on a base so small that nothing is transformed
+
+    (together, num_transformed), *rest = seen
+    assert num_transformed > 0
+    assert rest == [(together, 0), *[(together // len(members), 0)] * 2]
 
 
 def test_members_of_all_kinds_and_settings_learn_what_they_learn_alone(tiny_sd1: Path, tmp_path: Path) -> None:
