@@ -17,11 +17,13 @@ from lora_diffusion.models.base import Conditioning, DiffusionModel
 from lora_diffusion.models.compiling import check_compiler
 from lora_diffusion.models.precision import resolve_device, resolve_precision
 from lora_diffusion.progress import Track, silent
-from lora_diffusion.recipe import run_steps
+from lora_diffusion.recipe import make_previewer, run_steps
 from lora_diffusion.recipe_base import load_base, prepare_model
 from lora_diffusion.recipe_data import TrainingSet, latent_batch_size, read_training_set, token_counts
+from lora_diffusion.runs import RunFolder
 from lora_diffusion.training.estimate import StepEstimate, encoding_bytes, estimate_step
 from lora_diffusion.training.memory import PeakMemory
+from lora_diffusion.training.optimizers import check_optimizer
 
 _CROP_LOSS_WORTH_A_LOOK = 0.2
 _LISTED = 8  # names per finding on the terminal; --json has them all
@@ -77,8 +79,10 @@ def check_run(config: TrainConfig, track: Track = silent) -> CheckReport:
     dtype = resolve_precision(config.run.precision, device)
     if config.model.compile:
         check_compiler(device)
+    check_optimizer(config.optimizer.name)
     with PeakMemory(device) as loading:
         model = load_base(config, dtype, device, track)
+    make_previewer(config, RunFolder(config.run.output), model)
     data = read_training_set(config, model, 1, track, writes=False)
     tokens = token_counts(config, model, data)
     data_report = build_report(data.scans, tokens, config.model.max_tokens)

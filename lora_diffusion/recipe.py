@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from pydantic import ValidationError
 
 from lora_diffusion import __version__
 from lora_diffusion.config import TrainConfig
@@ -41,7 +42,7 @@ from lora_diffusion.recipe_data import (
 from lora_diffusion.runs import RunFolder
 from lora_diffusion.training.batches import BatchSource, DrawOptions, Share, SourceOptions
 from lora_diffusion.training.export import Exporter
-from lora_diffusion.training.optimizers import build_optimizer, learning_rate_curve
+from lora_diffusion.training.optimizers import build_optimizer, check_optimizer, learning_rate_curve
 from lora_diffusion.training.plan import Launch, Plan
 from lora_diffusion.training.previews import Previewer
 from lora_diffusion.training.regularise import Regulariser
@@ -79,6 +80,7 @@ def build_on(
     model = base.model
     if config.model.compile:
         check_compiler(accelerator.device)
+    check_optimizer(config.optimizer.name)
     previewer = make_previewer(config, run, model)
     data = read_training_set(config, model, accelerator.num_processes, track)
     run_steps(config, data)
@@ -90,7 +92,7 @@ def build_on(
         compile_blocks(model.unet)
     trainer = _assemble(config, run, accelerator, model, data, latents, text, adapters, previewer)
     if resume:
-        resume_from_newest(trainer)
+        resume_from_newest(trainer, _completed)
     if accelerator.is_main_process:
         write_report(run.dataset_report, data.scans, token_counts(config, model, data), config.model.max_tokens)
     return trainer
@@ -176,10 +178,19 @@ def _assemble(
             "config": config.model_dump(mode="json"),
             "dataset": data.fingerprint,
             "global_batch_size": config.run.batch_size * accelerator.num_processes,
+            "base": model.fingerprint,
             "merged": hashes_of_merged(config),
         },
         name=config.run.name,
     )
+
+
+def _completed(config: dict[str, Any]) -> dict[str, Any]:
+    """A config of an earlier version with the defaults of what it did not know; as it is if it cannot be read now."""
+    try:
+        return TrainConfig.model_validate(config).model_dump(mode="json")
+    except ValidationError:
+        return config
 
 
 def run_steps(config: TrainConfig, data: TrainingSet) -> int:

@@ -13,6 +13,7 @@ import torch
 
 from lora_diffusion.adapters.inject import eject, join
 from lora_diffusion.adapters.joint import JointLayout
+from lora_diffusion.config import TrainConfig
 from lora_diffusion.config_sweep import Member, check_together
 from lora_diffusion.errors import RunError, UserError
 from lora_diffusion.jobs.device_lock import NoLongerWanted, shared_device
@@ -22,7 +23,7 @@ from lora_diffusion.progress import bar
 from lora_diffusion.recipe import build_on, make_accelerator
 from lora_diffusion.recipe_base import load_base, release_unused
 from lora_diffusion.recipe_data import SharedBase
-from lora_diffusion.runs import RunFolder
+from lora_diffusion.runs import RunFolder, RunState
 from lora_diffusion.sweep_pictures import draw_contact_sheet, draw_losses
 from lora_diffusion.training.joint import JointTrainer
 from lora_diffusion.training.signals import StopRequest
@@ -97,14 +98,23 @@ def _wanted(members: Sequence[Member], *, resume: bool) -> list[_Run]:
     for member in members:
         folder = RunFolder(member.config.run.output)
         state = folder.read_state() if resume else None
-        is_longer = state is not None and (member.config.run.steps or 0) > state.step
-        if state is not None and state.status == "finished" and not is_longer:
+        if state is not None and state.status == "finished" and not _is_longer(member.config, folder, state):
             logger.info("%s: finished already.", member.name)
         else:
             runs.append(_Run(member, folder, resumes=state is not None and folder.has_checkpoint))
     if resume and len(runs) == len(members) and not any(run.resumes for run in runs):
         raise UserError("--resume: no run of this sweep has a checkpoint. Start without --resume.")
     return runs
+
+
+def _is_longer(config: TrainConfig, folder: RunFolder, state: RunState) -> bool:
+    """Whether a finished run is to go on. In epochs that is known without its pictures by what it was asked before."""
+    if config.run.steps is not None:
+        return config.run.steps > state.step
+    try:
+        return config.run.epochs != TrainConfig.load(folder.config).run.epochs
+    except UserError:  # gone, or of another version: what is finished after all ends at once
+        return True
 
 
 def _train(runs: Sequence[_Run]) -> None:

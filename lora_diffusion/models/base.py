@@ -127,6 +127,8 @@ class DiffusionModel(nn.Module, ABC):
         self.schedule = schedule_of(scheduler_config)
         self.reloads: dict[str, Callable[[], nn.Module]] = {}
         """Parts that can be loaded again ("vae", "text_encoder", …), and how: what `release` may free."""
+        self.fingerprint: dict[str, str] = {}
+        """What its weight files are recognised by; see `lora_diffusion.models.fingerprint`."""
         self._released: set[str] = set()
         self._move_unet: Callable[[], None] | None = None
         self._checked_vae = CheckedVAE(vae)

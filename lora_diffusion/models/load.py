@@ -17,6 +17,7 @@ from lora_diffusion.models.base import DiffusionModel
 from lora_diffusion.models.components import PARTS, Dtypes, read_folder, read_json, read_part
 from lora_diffusion.models.errors import ModelError
 from lora_diffusion.models.families import FAMILIES, NAMES, Evidence, family_of_checkpoint, family_of_config
+from lora_diffusion.models.fingerprint import fingerprint
 from lora_diffusion.models.hub import hub_folder, is_hub_id
 from lora_diffusion.models.libraries import UNet2DConditionModel
 from lora_diffusion.models.matmul_conv import multiply_convolutions
@@ -83,6 +84,7 @@ def load_model(
         parts = read_checkpoint(source, found, scheduler["prediction_type"], dtypes, configs, track)
     components: dict[str, Any] = {**parts.modules, **parts.tokenizers}
     model = FAMILIES[found](**components, scheduler_config=scheduler, dtype=dtype)
+    model.fingerprint = fingerprint(source, PARTS[found])
     if source.is_dir():
         model.reloads = {part: partial(read_part, source, part, dtypes.of(part)) for part in PARTS[found][1:]}
     stays_on_disk = unet_waits and prepare is None

@@ -48,6 +48,11 @@ def build_optimizer(
     return _load_class(name)(list(groups), betas=betas, eps=eps, weight_decay=weight_decay, **options)
 
 
+def check_optimizer(name: str) -> None:
+    """Raises OptimizerError naming the package to install, if `build_optimizer` would."""
+    _load_class(name)
+
+
 def _load_class(name: str) -> Callable[..., torch.optim.Optimizer]:
     module, _, attribute = OPTIMIZERS[name].partition(":")
     try:
@@ -64,7 +69,8 @@ def learning_rate_curve(
 ) -> Callable[[int], float]:
     """Factor of the peak learning rate at a step: rises from 0 to 1 during the warm-up, then follows `name`.
 
-    name: a schedule of diffusers (`constant`, `linear`, `cosine`, …). min_lr_ratio: the floor after the warm-up.
+    name: a schedule of diffusers (`constant`, `linear`, `cosine`, …). min_lr_ratio: where a fall from 1 to 0 is to end
+    instead; the curve is compressed and keeps its shape, as in the schedules of transformers with a lowest rate.
     """
     from diffusers.optimization import get_scheduler
 
@@ -78,7 +84,7 @@ def learning_rate_curve(
         # Step 0 of a warm-up would have rate 0 and teach nothing: count the steps from 1 while warming up.
         if step < warmup_steps:
             return (step + 1) / (warmup_steps + 1)
-        return max(float(curve(step)), min_lr_ratio)
+        return min_lr_ratio + (1 - min_lr_ratio) * float(curve(step))
 
     return factor
 

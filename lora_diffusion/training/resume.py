@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from lora_diffusion.errors import UserError
 from lora_diffusion.training.checkpoint import newest_checkpoint
@@ -18,9 +19,8 @@ _HARMLESS = re.compile(
     | run\.(save_precision|save_format|metadata)
     | run\.batch_size           # the batch of all processes together is compared by itself
     | dataset\.\d+\.path        # pictures and captions are compared by themselves
-    | model\.(attention|gradient_checkpointing)
+    | model\.(attention|gradient_checkpointing|compile)
     | optimizer\.(lr|text_encoder_lr|text_encoder_2_lr|weight_decay|max_grad_norm)
-    | validation\.every
     | (preview|cache|schedule)\..*
     """,
     re.VERBOSE,
@@ -28,9 +28,12 @@ _HARMLESS = re.compile(
 """Settings that may change between a start and its resume."""
 
 
-def resume_from_newest(trainer: Trainer) -> None:
-    """Put the newest whole checkpoint into `trainer`. Raises RunError when there is none, or when what it was
+def resume_from_newest(trainer: Trainer, complete: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Put the newest whole checkpoint into `trainer`. Raises UserError when there is none, or when what it was
     trained with differs in a way that would make it another run.
+
+    complete: gives a config that an earlier version wrote the settings that came since, with the values that change
+    nothing.
     """
     checkpoint, passed_over = newest_checkpoint(trainer.run.checkpoints)
     for line in passed_over:
@@ -41,8 +44,13 @@ def resume_from_newest(trainer: Trainer) -> None:
             "Start without --resume, or check [run] output."
         )
     before, now = checkpoint.facts, trainer.facts
-    differences = _differences(before["config"], now["config"])
-    harmful = [line for key, line in differences if not _HARMLESS.fullmatch(key)]
+    old, new = complete(before["config"]), now["config"]
+    differences = _differences(old, new)
+    harmless = _harmless_keys(old, new)
+    if "base" in before:  # earlier versions did not note down which weights it has
+        harmless.add("model.path")
+    harmful = [line for key, line in differences if key not in harmless and not _HARMLESS.fullmatch(key)]
+    harmful += _base_differences(before.get("base", now["base"]), now["base"])
     if before["global_batch_size"] != now["global_batch_size"]:
         harmful.append(
             f"pictures per step, all processes together: {before['global_batch_size']} → {now['global_batch_size']} "
@@ -61,6 +69,17 @@ def resume_from_newest(trainer: Trainer) -> None:
         logger.info("resuming with a changed setting: %s", line)
     trainer.restore(checkpoint)
     logger.info("resuming at step %d of %d", trainer.step, trainer.plan.steps)
+
+
+def _harmless_keys(old: dict[str, Any], new: dict[str, Any]) -> set[str]:
+    """What may change beside `_HARMLESS`: how often is validated, but not whether pictures are held back for it."""
+    before, now = old.get("validation", {}), new["validation"]
+    return {"validation.every"} if bool(before.get("every")) == bool(now["every"]) or not now["fraction"] else set()
+
+
+def _base_differences(old: dict[str, str], new: dict[str, str]) -> list[str]:
+    parts = [part for part in sorted(old.keys() | new.keys()) if old.get(part) != new.get(part)]
+    return [f"model.path: its {', '.join(parts)} changed since the start"] if parts else []
 
 
 def _differences(old: dict[str, object], new: dict[str, object]) -> list[tuple[str, str]]:

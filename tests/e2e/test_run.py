@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,15 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from lora_diffusion.cli import app
+from lora_diffusion.config import TrainConfig
+from lora_diffusion.errors import UserError
 from lora_diffusion.generation.infotext import read_png
 from lora_diffusion.runs import RunFolder
+from lora_diffusion.training.checkpoint import save_checkpoint
 from lora_diffusion.training.tracking import read_metrics
 from tests.training_runs import draw_pictures, prepare, tensor_hash, write_config
 
@@ -121,8 +125,6 @@ def test_resuming_a_finished_run_changes_nothing(finished: Path) -> None:
 
 
 def test_resume_continues_to_a_later_last_step(finished: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(finished.parent / "run", tmp_path / "run")
     output = f"run.output={json.dumps(str(tmp_path / 'run'))}"
     _train(finished, "--resume", "--set", output, "--set", "run.steps=8")
@@ -141,6 +143,42 @@ def test_resume_with_another_config_is_refused_with_the_difference(finished: Pat
     assert result.exit_code == 2
     assert expected in result.output
     assert "→" in result.output
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_resume_wants_the_same_base_wherever_it_lies(finished: Path, tmp_path: Path, part: str) -> None:
+    moved = tmp_path / "base"
+    shutil.copytree(TrainConfig.load(finished).model.path, moved)
+    override = f"model.path={json.dumps(str(moved))}"
+    assert prepare(finished, override, resume=True).step == STEPS
+
+    weights = next((moved / part).glob("*.safetensors"))
+    save_file({name: tensor * 1.3 for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(UserError, match=f"model.path: its {part} changed"):
+        prepare(finished, override, resume=True)
+
+
+def test_a_checkpoint_from_before_a_setting_existed_is_resumed(finished: Path, tmp_path: Path) -> None:
+    trainer = prepare(finished, resume=True)
+    known = trainer.facts["config"]
+    earlier = known | {
+        "adapter": {key: value for key, value in known["adapter"].items() if key != "rslora"},
+        "model": {key: value for key, value in known["model"].items() if key not in ("compile", "merge")},
+    }
+    without_base = {key: value for key, value in trainer.facts.items() if key != "base"}
+    trainer.run = RunFolder(tmp_path / "run")
+    trainer.facts = without_base | {"config": earlier}
+    save_checkpoint(trainer.run.checkpoints, trainer.checkpoint(), keep=2)
+    output = f"run.output={json.dumps(str(tmp_path / 'run'))}"
+    assert prepare(finished, output, resume=True).step == STEPS
+    with pytest.raises(UserError, match="rslora: False → True"):
+        prepare(finished, output, "adapter.rslora=true", resume=True)
+
+
+def test_a_resume_that_holds_no_more_pictures_back_says_which_setting_does_it(finished: Path) -> None:
+    with pytest.raises(UserError, match=r"validation\.every: 2 → 0"):
+        prepare(finished, "validation.every=0", resume=True)
+    assert prepare(finished, "validation.every=3", resume=True).step == STEPS
 
 
 def test_second_start_moves_the_finished_run_aside(tiny_sd1: Path, tmp_path: Path) -> None:

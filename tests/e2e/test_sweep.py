@@ -293,6 +293,15 @@ def test_finished_members_are_left_alone_by_a_resume_and_trained_on_if_they_are_
     assert tensor_hash(files[0]) != before[0][1]
 
 
+def test_finished_members_are_trained_on_if_they_get_more_epochs(tiny_sd1: Path, tmp_path: Path) -> None:
+    config = make_config(tmp_path, tiny_sd1, schedule={"name": "constant"})
+    train_together(members_of(config, "run.seed=1,2", overrides=["run.epochs=1"]), tmp_path / "sweep")
+    longer = members_of(config, "run.seed=1,2", overrides=["run.epochs=2"])
+    before = [RunFolder(member.config.run.output).read_state().step for member in longer]
+    train_together(longer, tmp_path / "sweep", resume=True)
+    assert [RunFolder(member.config.run.output).read_state().step for member in longer] == [2 * n for n in before]
+
+
 def test_a_resume_of_what_never_began_is_refused(tiny_sd1: Path, tmp_path: Path) -> None:
     members = members_of(make_config(tmp_path, tiny_sd1), "run.seed=1,2")
     with pytest.raises(UserError, match="no run of this sweep has a checkpoint"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from lora_diffusion.check import check_run
 from lora_diffusion.config import TrainConfig
+from lora_diffusion.errors import UserError
 from lora_diffusion.models.checkpointing import checkpoint_blocks
 from lora_diffusion.models.load import load_model
 from lora_diffusion.streams import stream
@@ -39,6 +41,19 @@ def test_the_largest_batch_follows_from_what_is_free(
     assert report.largest_batch == 0
     assert "not even one picture" in report.findings[0].items[0]
     assert "gradient_checkpointing" in report.findings[0].items[0]
+
+
+def test_what_training_refuses_is_refused(tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = draw_pictures(tmp_path / "pictures")
+    config = write_config(tmp_path / "a.toml", tiny_sd1, pictures, preview={"prompts": ["a cat"], "size": [50, 50]})
+    with pytest.raises(UserError, match=r"50.*multiples of"):
+        check_run(TrainConfig.load(config))
+    assert not (tmp_path / "run").exists(), "nothing is written"
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    config = write_config(tmp_path / "b.toml", tiny_sd1, pictures, optimizer={"name": "adamw8bit"})
+    with pytest.raises(UserError, match="pip install bitsandbytes"):
+        check_run(TrainConfig.load(config))
 
 
 def kept_and_gradients(base: Path, only_outer: bool | None) -> tuple[int, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 
 import pytest
 import torch
@@ -55,11 +56,17 @@ def test_warm_up_rises_to_the_peak_and_never_starts_at_zero() -> None:
     assert [round(factor(step), 3) for step in range(6)] == [0.2, 0.4, 0.6, 0.8, 1.0, 1.0]
 
 
-def test_cosine_halves_in_the_middle_and_ends_at_the_floor() -> None:
+def test_cosine_falls_to_the_ratio_and_keeps_its_shape() -> None:
+    """Loshchilov & Hutter 2017 (arXiv:1608.03983), equation 5: half-way it is half-way between the two rates."""
     factor = learning_rate_curve("cosine", warmup_steps=0, steps=100, min_lr_ratio=0.1)
-    assert factor(0) == 1.0
-    assert factor(50) == pytest.approx(0.5)
-    assert factor(99) == 0.1
+    assert [factor(step) for step in (0, 25, 50, 75, 100)] == pytest.approx(
+        [0.1 + 0.9 * (1 + math.cos(math.pi * share)) / 2 for share in (0, 0.25, 0.5, 0.75, 1)]
+    )
+
+
+def test_a_constant_rate_has_no_end_to_fall_to() -> None:
+    factor = learning_rate_curve("constant", warmup_steps=0, steps=10, min_lr_ratio=0.1)
+    assert {factor(step) for step in range(10)} == {1.0}
 
 
 def test_linear_falls_in_a_line() -> None:
