@@ -38,7 +38,7 @@ MAX_FILE_BYTES = 512 * 2**20
 Colour = tuple[int, int, int]
 WHITE: Colour = (255, 255, 255)
 
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # no format that runs another program
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # no format that runs another program
 _ORIENTATION_TAG = 0x0112
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _PNG_TEXTS = frozenset({b"eXIf", b"iTXt", b"tEXt", b"zTXt"})  # EXIF itself, and texts that hold EXIF or XMP
@@ -190,7 +190,7 @@ def quiet_pillow() -> Iterator[None]:
 def _opened(data: bytes) -> Iterator[Image.Image]:
     """The opened picture. Whatever Pillow raises on it, here or in the body, becomes an ImageError."""
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             yield image
     except (DataError, MemoryError):
         raise

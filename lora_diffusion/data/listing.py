@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 from lora_diffusion.data.errors import DataError
@@ -65,6 +66,11 @@ def list_folder(root: Path) -> Listing:
         metadata=tuple(path for path in files if path.name == METADATA_NAME),
         left_out=tuple(left_out),
     )
+
+
+def find_files(root: Path, limit: int) -> Iterator[Path]:
+    """The files of `list_folder` one by one, for who needs only the first ones. Looks at `limit` files at most."""
+    return (path for path, reason in islice(_walk(root, root.resolve()), limit) if reason is None)
 
 
 def relative_name(path: Path, root: Path) -> str:

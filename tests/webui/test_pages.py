@@ -6,26 +6,32 @@ import os
 import re
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
-from gradio import Checkbox, File, Slider, State, Textbox, Timer
+from gradio import Checkbox, File, Request, Slider, State, Textbox, Timer
 from gradio.components import Component
 from gradio.components.api_component import Api
 from PIL import Image
 
 from lora_diffusion.config import TrainConfig
+from lora_diffusion.data.listing import IMAGE_SUFFIXES
 from lora_diffusion.jobs.queue import Queue
 from lora_diffusion.workspace import Workspace
 from webui.app import PAGES, build
-from webui.services.glance import glance
+from webui.pages.train import Handlers
+from webui.services.datasets import Datasets
+from webui.services.facts import look_at_header
+from webui.services.glance import Glance, glance
 from webui.services.overview import Overview, differences
 from webui.services.pictures import PictureError
 from webui.services.places import OutsideError
 from webui.services.preflight import check
+from webui.services.presets import presets
 from webui.services.site import Site, make_site
-from webui.translate import LANGUAGES
+from webui.translate import LANGUAGES, Translator
 
 ROOT = Path(__file__).parents[2]
 
@@ -172,6 +178,54 @@ def test_a_glance_counts_pictures_and_captions(site: Site) -> None:
     assert look.pictures[2] == ("data/shapes/2.png", "a shape, number 2")
     assert glance(site.places, "data/none") is None
     assert glance(site.places, "/etc") is None
+
+
+@pytest.mark.parametrize("suffix", sorted(IMAGE_SUFFIXES))
+def test_a_picture_of_every_kind_that_is_trained_is_listed_counted_and_shown(site: Site, suffix: str) -> None:
+    folder = site.places.root / "data" / "kinds"
+    folder.mkdir()
+    Image.new("RGB", (60, 40), "red").save(folder / f"a{suffix}")
+
+    assert "data/kinds" in site.places.datasets()
+    look = glance(site.places, "data/kinds")
+    assert look == Glance(1, 0, ((f"data/kinds/a{suffix}", ""),))
+    assert {one["id"]: one["images"] for one in Datasets(site.places).all()}["data/kinds"] == 1
+    assert site.pictures.thumbnail("dataset", f"data/kinds/a{suffix}", 96)[8:12] == b"WEBP"
+
+
+def test_pictures_in_subfolders_are_a_data_set(site: Site) -> None:
+    folder = site.places.root / "data" / "cats" / "10_sks"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    (folder / "a.txt").write_text("a cat")
+
+    assert "data/cats" in site.places.datasets()
+    assert glance(site.places, "data/cats") == Glance(1, 1, (("data/cats/10_sks/a.png", "a cat"),))
+
+
+def test_the_address_fills_in_a_data_set_that_is_not_among_the_suggestions(site: Site) -> None:
+    (site.places.root / "data" / "a" / "b" / "c").mkdir(parents=True)
+    handlers = Handlers(site, Translator("en"), presets())
+
+    form = handlers.open_page("", Request(query_params={"dataset": "data/a/b/c"}))
+
+    assert "data/a/b/c" not in site.places.datasets()
+    assert 'value="data/a/b/c"' in str(form)
+
+
+def test_a_tiff_that_says_how_it_is_turned_is_shown_as_the_trainer_sees_it(site: Site) -> None:
+    picture = site.places.root / "data" / "turned.tif"
+    image = Image.new("RGB", (60, 40), "white")
+    image.paste("black", (0, 0, 60, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the top of what is stored belongs to the right
+    image.save(picture, exif=exif)
+
+    shown = Image.open(BytesIO(site.pictures.thumbnail("dataset", "data/turned.tif", 96))).convert("L")
+    row, facts = shown.tobytes()[:40], look_at_header(picture)
+
+    assert (shown.size, row[5] > 200, row[35] < 50) == ((40, 60), True, True)
+    assert (facts.width, facts.height, facts.is_rotated) == (40, 60, False)
 
 
 # ---- Runs ----

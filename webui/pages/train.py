@@ -147,7 +147,7 @@ class Handlers:
             now = fields_from_toml(self.site.queue.duplicate(copied.id))[0] if copied else fields_from_json(draft)[0]
         except UserError:
             now = {}
-        if asked["dataset"] in self.site.places.datasets():
+        if asked["dataset"]:  # what is wrong with it is said beside the form, as of any folder that is typed
             now = with_dataset(now or self._first().fields, asked["dataset"])
         return self._form(now) if now else gr.skip()
 

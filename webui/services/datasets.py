@@ -18,6 +18,7 @@ from webui.services.caption_text import Change, Edit, plan
 from webui.services.checks import Filter, find_checks, view
 from webui.services.crops import CropView, buckets_for, count_buckets, crop_view, usual_step
 from webui.services.facts import Look
+from webui.services.glance import glance
 from webui.services.journal import Journal
 from webui.services.mend import Mended, Mending, copy_mended
 from webui.services.picture_set import PictureSet, SetError, tags_or_words
@@ -27,6 +28,7 @@ from webui.services.uploads import Uploads
 
 MAX_PICTURES = 20_000
 MAX_SHOWN_CHANGES = 2_000
+NUM_THUMBS = 4
 RESOLUTIONS = (64, 128, 256, 512)
 
 Json = dict[str, Any]
@@ -61,9 +63,12 @@ class Datasets:
         found: list[Json] = []
         for id in dict.fromkeys(self.places.datasets()):
             try:
-                found.append(self._about(id, self._folder(id)))
+                self._folder(id)
             except UserError:
                 continue  # a link that leads out
+            if look := glance(self.places, id):
+                thumbs = [picture for picture, _ in look.pictures[:NUM_THUMBS]]
+                found.append({"id": id, "images": look.num_images, "captioned": look.num_captioned, "thumbs": thumbs})
         return found
 
     def open(self, id: str) -> Json:
@@ -245,22 +250,6 @@ class Datasets:
             if is_read and not opened.pictures.pictures:
                 opened.pictures.read()
         return opened
-
-    def _about(self, id: str, folder: Path) -> Json:
-        try:
-            names = [entry.name for entry in folder.iterdir()]
-        except OSError:
-            names = []
-        suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-        images = sorted(name for name in names if name.lower().endswith(suffixes) and not name.startswith("."))
-        captions = {name.rsplit(".", 1)[0] for name in names if name.endswith((".txt", ".caption"))}
-        captioned = sum(name.rsplit(".", 1)[0] in captions for name in images)
-        return {
-            "id": id,
-            "images": len(images),
-            "captioned": len(images) if "metadata.jsonl" in names else captioned,
-            "thumbs": [f"{id}/{name}" for name in images[:4]],
-        }
 
     def rows(self, opened: OpenSet, names: Iterable[str]) -> list[Json]:
         counter = find_counter(self.places.workspace)

@@ -14,16 +14,15 @@ from typing import Any
 
 from PIL import Image
 
-from lora_diffusion.data.images import ImageError, check_image, decode_image, read_bytes
+from lora_diffusion.data.images import FORMATS, ImageError, check_image, decode_image, read_bytes
 from lora_diffusion.files import write_json_atomically
 
 logger = logging.getLogger(__name__)
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 ORIENTATION_TAG = 0x0112
 ALPHA_MODES = frozenset({"RGBA", "LA", "PA", "La", "RGBa"})
 SAVED_EVERY_S = 10.0
-VERSION = 1
+VERSION = 2
 """Of the remembered facts; older ones are found anew."""
 
 
@@ -113,7 +112,8 @@ def look_at_header(path: Path) -> Facts:
     """Size and kind, without decoding a pixel."""
     try:
         with Image.open(path, formats=FORMATS) as image:
-            orientation = image.getexif().get(ORIENTATION_TAG, 1)
+            # Pillow turns a TIFF by itself: its size is that of the upright picture.
+            orientation = 1 if image.format == "TIFF" else image.getexif().get(ORIENTATION_TAG, 1)
             width, height = image.size
             is_turned = isinstance(orientation, int) and 5 <= orientation <= 8
             return Facts(

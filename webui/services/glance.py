@@ -1,21 +1,22 @@
-"""A quick look at a folder of pictures: enough to see that it is the right one."""
+"""A quick look at a folder of pictures, as the trainer reads it: enough to see that it is the right one."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from lora_diffusion.data.captions import CaptionError, read_caption
+from lora_diffusion.data.listing import CAPTION_SUFFIXES, METADATA_NAME, find_files, is_image_name
 from lora_diffusion.errors import UserError
-from webui.services.places import IMAGE_SUFFIXES, Places
+from webui.services.places import MAX_FILES, Places
 
-MAX_FILES = 20_000
 SHOWN = 8
 
 
 @dataclass(frozen=True)
 class Glance:
-    """pictures: (id, caption) of the first ones."""
+    """Subfolders count. pictures: (id, caption) of the first ones."""
 
     num_images: int
     num_captioned: int
@@ -28,23 +29,28 @@ def glance(places: Places, text: str) -> Glance | None:
         return None
     try:
         folder = places.resolve(text.strip())
-        names = {entry.name for entry, _ in zip(folder.iterdir(), range(MAX_FILES), strict=False)}
+        files = list(find_files(folder, MAX_FILES))
     except (OSError, UserError):
         return None
-    images = sorted(name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES)
-    captions = {name: _caption_file(name, names) for name in images}
-    table = (folder / "metadata.jsonl").is_file() or (folder / "metadata.csv").is_file()
-    shown = tuple((places.id_of(folder / name), _caption(folder, captions[name])) for name in images[:SHOWN])
-    return Glance(len(images), len(images) if table else sum(map(bool, captions.values())), shown)
+    images = sorted(filter(is_image_name, files), key=os.fspath)
+    captions = {
+        _stem(path): path
+        for suffix in reversed(CAPTION_SUFFIXES)  # the first of them wins
+        for path in files
+        if path.name.lower().endswith(suffix)
+    }
+    has_table = any(path.name == METADATA_NAME for path in files)
+    num_captioned = len(images) if has_table else sum(_stem(image) in captions for image in images)
+    shown = tuple((places.id_of(image), _caption(captions.get(_stem(image)))) for image in images[:SHOWN])
+    return Glance(len(images), num_captioned, shown)
 
 
-def _caption_file(image: str, names: set[str]) -> str:
-    stem = Path(image).stem
-    return next((name for suffix in (".txt", ".caption") if (name := stem + suffix) in names), "")
+def _stem(path: Path) -> str:
+    return os.path.splitext(path)[0]
 
 
-def _caption(folder: Path, name: str) -> str:
+def _caption(file: Path | None) -> str:
     try:
-        return read_caption(folder / name)[:300] if name else ""
+        return read_caption(file)[:300] if file else ""
     except (OSError, CaptionError):
         return ""

@@ -15,12 +15,13 @@ from typing import Any
 import orjson
 
 from lora_diffusion.container import MAX_HEADER_BYTES, read_header
+from lora_diffusion.data.listing import IMAGE_SUFFIXES
 from lora_diffusion.errors import UserError
 from lora_diffusion.files import write_text_atomically
 from lora_diffusion.formats.families import FAMILY_WIDTHS, family_of_metadata
 from lora_diffusion.formats.layout import layout_of
 from lora_diffusion.generation.request import adapter_name
-from webui.services.places import IMAGE_SUFFIXES, Places
+from webui.services.places import Places
 
 SUFFIX = ".safetensors"
 KINDS = ("lora", "dora", "loha", "lokr")

@@ -14,15 +14,16 @@ from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from lora_diffusion.data.images import FORMATS
+from lora_diffusion.data.listing import IMAGE_SUFFIXES
 from lora_diffusion.errors import UserError
-from webui.services.places import IMAGE_SUFFIXES, Places
+from webui.services.places import Places
 
 WIDTHS = (96, 160, 240, 320, 480, 640, 1024, 2048)
 """What `?w=` is rounded up to, so that the cache cannot be filled with a thumbnail per pixel."""
 
 MAX_PIXELS = 100_000_000
 MAX_FILE_BYTES = 200_000_000
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 
 _PREVIEW = re.compile(r"(?:.+/)?previews/(?:now-)?\d{6,8}-\d{1,4}\.png")
 

@@ -8,11 +8,13 @@ from pathlib import Path
 
 from lora_diffusion.config import TrainConfig
 from lora_diffusion.config_errors import KeyPath, Problem
+from lora_diffusion.data.listing import find_files, is_image_name
 from lora_diffusion.errors import UserError
 from lora_diffusion.workspace import PRIVATE, Workspace
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 MAX_SUGGESTIONS = 200
+MAX_FILES = 20_000
+"""How many files of a folder are looked at to see what is in it."""
 
 
 class OutsideError(UserError):
@@ -75,9 +77,10 @@ class Places:
 
 
 def has_pictures(folder: Path) -> bool:
+    """Whether the trainer finds pictures in `folder` or its subfolders."""
     try:
-        return any(entry.suffix.lower() in IMAGE_SUFFIXES for entry in folder.iterdir())
-    except OSError:
+        return any(map(is_image_name, find_files(folder, MAX_FILES)))
+    except (OSError, UserError):
         return False
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from lora_diffusion.container import read_header
+from lora_diffusion.data.images import FORMATS
 from lora_diffusion.errors import UserError
 from webui.services.library import Adapter, picture_beside
-from webui.services.pictures import FORMATS, MAX_PIXELS, PictureError
+from webui.services.pictures import MAX_PIXELS, PictureError
 from webui.services.site import Site
 
 SIDE_PX = 256
