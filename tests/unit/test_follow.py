@@ -183,6 +183,22 @@ def test_a_released_step_becomes_the_result_and_the_final_one_is_kept(run: RunFo
     assert run.adapter("ink").read_bytes() == b"final weights"
 
 
+def test_a_date_at_the_end_of_a_run_s_name_is_no_step(run: RunFolder) -> None:
+    make_adapters(run)
+    run.config.write_text('[run]\nname = "cat-20241101"\n')
+    run.adapter("cat-20241101", 200).write_bytes(b"weights of step 200")
+    final = run.adapter("cat-20241101")
+    final.write_bytes(b"final weights")
+
+    listed = {file.path: file.step for file in RunFollower(run).adapters()}
+
+    assert (listed[final], listed[run.adapter("cat-20241101", 200)]) == (None, 200)
+    with pytest.raises(UserError, match=r"no adapter file of step 20241101. There are: 200"):
+        release(run, 20241101)
+    assert release(run, 200) == final
+    assert final.read_bytes() == b"weights of step 200"
+
+
 def test_a_result_that_the_run_wrote_later_is_no_release(run: RunFolder) -> None:
     make_adapters(run)
     release(run, 100)

@@ -110,6 +110,18 @@ def test_the_library_lists_files_of_all_folders_and_says_why_a_file_is_broken(pl
     assert [it.name for it in matching(list(found.values()), "ink", "sd1", "lora", "run")] == ["ink-000200"]
 
 
+def test_a_date_at_the_end_of_a_run_s_name_is_no_step(places: Places, library: Library) -> None:
+    run = places.root / "runs" / "dated"
+    run.mkdir()
+    (run / "config.toml").write_text('[run]\nname = "cat-241101"\n')
+    for name in ("cat-241101", "cat-241101-000200"):
+        shutil.copy(INK, run / f"{name}.safetensors")
+
+    steps = {adapter.name: adapter.step for adapter in library.adapters()}
+
+    assert steps == {"cat-241101": None, "cat-241101-000200": 200}
+
+
 def test_two_thousand_files_are_listed_within_two_seconds_once_they_are_known(places: Places, library: Library) -> None:
     for number in range(2000):
         os.link(_shared(places), places.root / "adapters" / f"{number:04d}.safetensors")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,13 +20,13 @@ from lora_diffusion.files import write_text_atomically
 from lora_diffusion.formats.families import FAMILY_WIDTHS, family_of_metadata
 from lora_diffusion.formats.layout import layout_of
 from lora_diffusion.generation.request import adapter_name
+from lora_diffusion.jobs.release import step_of
 from webui.services.places import Places
 
 SUFFIX = ".safetensors"
 KINDS = ("lora", "dora", "loha", "lokr")
 MAX_FILES = 20_000
 _VERSION = 1
-_OF_A_STEP = re.compile(r"(?P<name>.+)-(?P<step>\d{6})")
 _PARTS = (("dora_scale", "dora"), ("hada_w1_a", "loha"), ("lokr_w1", "lokr"), ("lora_down", "lora"), ("lora_A", "lora"))
 
 
@@ -92,7 +91,6 @@ class Library:
                     self._known[id] = known
                     is_new = True
                 name = _free_name(adapter_name(path.name.removesuffix(SUFFIX)), taken)
-                match = _OF_A_STEP.fullmatch(path.stem)
                 found.append(
                     Adapter(
                         id=id,
@@ -103,7 +101,7 @@ class Library:
                         source=source,
                         facts=known[2],
                         run=id.rpartition("/")[0] if source == "run" else "",
-                        step=int(match["step"]) if match and source == "run" else None,
+                        step=step_of(path) if source == "run" else None,
                     )
                 )
             if is_new:
