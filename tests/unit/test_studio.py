@@ -14,6 +14,7 @@ from PIL import Image
 
 from lora_diffusion.container import read_header, with_metadata
 from lora_diffusion.errors import UserError
+from lora_diffusion.formats.metadata import legacy_hash
 from lora_diffusion.generation.infotext import png_bytes, read_parameters, save_png, write_parameters
 from lora_diffusion.generation.request import Request, take_out_tags
 from lora_diffusion.workspace import Workspace
@@ -29,7 +30,7 @@ from webui.services.drawings import (
     Report,
     Stopped,
 )
-from webui.services.file_tools import ToolError, checked_name
+from webui.services.file_tools import FileTools, ToolError, checked_name
 from webui.services.gallery import Gallery
 from webui.services.library import Library, matching, tags_in
 from webui.services.places import Places
@@ -237,6 +238,43 @@ def test_a_copy_takes_a_free_name_and_the_trash_keeps_both(places: Places, libra
     trashed = [move_to_trash(places.workspace, first), copy_to_library(places.workspace, adapter)]
     assert move_to_trash(places.workspace, trashed[1]).name == "ink 2.safetensors"
     assert trashed[0].is_file()
+
+
+def test_a_copy_can_be_read_by_whom_any_new_file_can(places: Places, library: Library) -> None:
+    shutil.copy(INK, places.root / "samples" / "adapters" / "ink.safetensors")
+    (places.root / "plain").touch()
+
+    copy = copy_to_library(places.workspace, library.adapters()[0])
+
+    assert copy.stat().st_mode == (places.root / "plain").stat().st_mode
+
+
+def test_a_copy_that_fails_leaves_nothing_behind(places: Places, library: Library) -> None:
+    source = places.root / "samples" / "adapters" / "ink.safetensors"
+    shutil.copy(INK, source)
+    adapter = library.adapters()[0]
+    source.unlink()
+
+    with pytest.raises(FileNotFoundError):
+        copy_to_library(places.workspace, adapter)
+
+    assert list(places.workspace.adapters.iterdir()) == []
+
+
+def test_a_merge_that_was_looked_at_is_saved_as_if_merged_under_its_new_name(places: Places) -> None:
+    tools = FileTools(places.workspace)
+    previewed, target = tools.preview_file("3fa2b1"), tools.target("my mix")
+    names = {"ss_output_name": previewed.stem, "modelspec.title": previewed.stem}
+    metadata = {**read_header(INK).metadata, **names}
+    previewed.write_bytes(with_metadata(INK.read_bytes(), metadata))
+
+    tools.keep_preview(previewed, target)
+
+    saved, data = read_header(target), target.read_bytes()
+    renamed = {"ss_output_name": "my mix", "modelspec.title": "my mix"}
+    assert saved.metadata == metadata | renamed | {"sshs_legacy_hash": legacy_hash(data, saved.metadata)}
+    assert data[saved.data_start :] == INK.read_bytes()[read_header(INK).data_start :]
+    assert not previewed.exists()
 
 
 # ---- Drawings ----

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,20 +62,21 @@ def changed_metadata(metadata: Mapping[str, str], wanted: Description) -> dict[s
 def copy_to_library(workspace: Workspace, adapter: Adapter, name: str | None = None) -> Path:
     """A copy in adapters/ under a free name, with nothing half copied left behind."""
     workspace.adapters.mkdir(parents=True, exist_ok=True)
-    target = _free(workspace.adapters / f"{name or adapter.path.stem}.safetensors")
-    handle, part = tempfile.mkstemp(prefix=".copy-", dir=workspace.adapters)
-    os.close(handle)
+    target = _take_name(workspace.adapters / f"{name or adapter.path.stem}.safetensors")
     try:
-        shutil.copyfile(adapter.path, part)
-        os.link(part, target)  # fails where somebody took the name meanwhile
-    finally:
-        Path(part).unlink(missing_ok=True)
+        write_bytes_atomically(target, adapter.path.read_bytes())
+    except BaseException:
+        target.unlink(missing_ok=True)
+        raise
     return target
 
 
-def _free(path: Path) -> Path:
-    number = 2
-    free = path
-    while free.exists():
-        free, number = path.with_name(f"{path.stem} {number}{path.suffix}"), number + 1
-    return free
+def _take_name(path: Path) -> Path:
+    """An empty file of that name, or with a number where there is one: nobody else can take the name meanwhile."""
+    free, number = path, 2
+    while True:
+        try:
+            free.touch(exist_ok=False)
+            return free
+        except FileExistsError:
+            free, number = path.with_name(f"{path.stem} {number}{path.suffix}"), number + 1

@@ -12,7 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lora_diffusion.container import read_header, with_metadata
 from lora_diffusion.errors import UserError
+from lora_diffusion.files import write_bytes_atomically
+from lora_diffusion.formats.metadata import legacy_hash
 from lora_diffusion.generation.request import check_adapter_name
 from lora_diffusion.workspace import Workspace
 from webui.services.library import SUFFIX, Adapter
@@ -100,6 +103,15 @@ class FileTools:
         for old in self.previews.glob(f"*{SUFFIX}"):
             old.unlink(missing_ok=True)
         return self.previews / f"merge preview {token}{SUFFIX}"
+
+    def keep_preview(self, previewed: Path, target: Path) -> None:
+        """Make a previewed file the adapter `target`, as if it had been merged under that name."""
+        data = previewed.read_bytes()
+        names = {"ss_output_name": target.stem, "modelspec.title": target.stem}
+        metadata = {**read_header(previewed).metadata, **names}
+        metadata["sshs_legacy_hash"] = legacy_hash(data, metadata)
+        write_bytes_atomically(target, with_metadata(data, metadata))
+        previewed.unlink()
 
     def _run(self, *arguments: str) -> str:
         """Standard output. Raises ToolError with the message of the tool."""

@@ -84,7 +84,7 @@ class Mixing:
             target = tools.target(name)
             previewed = tools.previews / looked_at.rpartition("\n")[2]
             if looked_at == _ticket(mixed, method, rank, previewed.name) and previewed.is_file():
-                previewed.rename(target)
+                tools.keep_preview(previewed, target)
                 return said(self.t("adapters.made", name=target.name))
             base = self._path(self._base(base_id)) if base_id else None
             text = tools.merge(weights, target, method, int(rank) if rank else None, base)
