@@ -6,15 +6,17 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from gradio import Checkbox, File, Request, Slider, State, Textbox, Timer
 from gradio.components import Component
 from gradio.components.api_component import Api
 from PIL import Image
+from pydantic import BaseModel
 
 from lora_diffusion.config import TrainConfig
 from lora_diffusion.data.listing import IMAGE_SUFFIXES
@@ -139,6 +141,51 @@ def test_every_path_of_a_config_that_leads_out_is_named(site: Site) -> None:
         ("dataset", 1, "path"),
         ("cache", "folder"),
     }
+
+
+def test_every_key_that_holds_a_path_is_looked_at(site: Site) -> None:
+    keys = set(path_keys(TrainConfig))
+    assert {("run", "output"), ("model", "configs"), ("dataset", "path")} < keys
+    settings = {(table, key): '"../out"' for table, key in keys} | {("run", "name"): '"x"', ("run", "steps"): "1"}
+    settings[("model", "path")] = '"base"'
+    toml = ""
+    for table in dict.fromkeys(table for table, _ in settings):
+        toml += f"[[{table}]]\n" if table == "dataset" else f"[{table}]\n"
+        toml += "".join(f"{key} = {value}\n" for (other, key), value in settings.items() if other == table)
+
+    problems = site.places.problems_of(TrainConfig.parse(toml))
+    refused = {tuple(part for part in problem.key if isinstance(part, str)) for problem in problems}
+
+    assert refused == keys
+
+
+def path_keys(section: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The keys of a config whose values are paths and nothing else."""
+    for name, field in section.model_fields.items():
+        for kind in kinds(field.annotation):
+            if kind is Path:
+                yield (*above, name)
+            elif isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from path_keys(kind, (*above, name))
+
+
+def kinds(annotation: Any) -> Iterator[Any]:
+    """What a union, a tuple or an annotated type consists of."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from kinds(part)
+
+
+@pytest.mark.parametrize("link", ["l.safetensors", "l.safetensors:0.8"])
+def test_a_merged_adapter_that_is_a_link_out_is_refused(site: Site, tmp_path: Path, link: str) -> None:
+    (tmp_path / "secret.safetensors").touch()
+    (site.places.root / link).symlink_to(tmp_path / "secret.safetensors")
+    config = TrainConfig.parse(
+        '[run]\nname = "x"\nsteps = 1\n[model]\npath = "base"\nmerge = ["l.safetensors:0.8"]\n'
+        '[[dataset]]\npath = "data"\n'
+    )
+
+    assert [problem.key for problem in site.places.problems_of(config)] == [("model", "merge", 0)]
 
 
 def test_a_thumbnail_is_made_once_and_anew_when_the_picture_changes(site: Site) -> None:

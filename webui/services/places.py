@@ -55,13 +55,13 @@ class Places:
 
     def problems_of(self, config: TrainConfig) -> list[Problem]:
         """Paths of a config that lead out."""
-        problems: list[Problem] = []
+        problems: dict[KeyPath, Problem] = {}
         for key, text in _paths_of(config):
             try:
                 self.resolve(text)
             except OutsideError as error:
-                problems.append(Problem(key, f"`{'.'.join(map(str, key))}`: {error}"))
-        return problems
+                problems[key] = Problem(key, f"`{'.'.join(map(str, key))}`: {error}")
+        return list(problems.values())
 
     def datasets(self) -> list[str]:
         """Folders with pictures, to choose from."""
@@ -87,12 +87,15 @@ def has_pictures(folder: Path) -> bool:
 def _paths_of(config: TrainConfig) -> Iterator[tuple[KeyPath, str]]:
     yield ("run", "output"), str(config.run.output)
     yield ("model", "path"), config.model.path
+    if config.model.configs:
+        yield ("model", "configs"), str(config.model.configs)
     if config.cache.enabled:
         yield ("cache", "folder"), str(config.cache.folder)
     if config.adapter.start_from:
         yield ("adapter", "start_from"), str(config.adapter.start_from)
     for index, merged in enumerate(config.model.merge):
         yield ("model", "merge", index), merged
+        yield ("model", "merge", index), merged.rpartition(":")[0]  # the file, unless the colon is part of its name
     for index, dataset in enumerate(config.dataset):
         yield ("dataset", index, "path"), str(dataset.path)
 
