@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 import time
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from gradio import skip
 from PIL import Image
 
 from lora_diffusion.generation.infotext import png_bytes, save_png, write_parameters
@@ -18,6 +20,7 @@ from lora_diffusion.generation.request import Request
 from lora_diffusion.jobs.queue import Queue
 from lora_diffusion.runs import RunFolder
 from lora_diffusion.workspace import Workspace
+from webui.pages.generate.layout import Fields
 from webui.pages.generate.opening import Opening
 from webui.pages.generate.ordering import Orders
 from webui.pages.generate.results import Shown
@@ -122,6 +125,35 @@ def test_a_picture_is_drawn_again_with_another_seed_and_everything_else_as_it_wa
     assert (again.size, again.sampler) == ((64, 64), "euler")
     assert again.seed != 77
     assert said == "" and all(isinstance(value, dict) for value in fields)  # what stands in the fields stays
+
+
+def test_a_sampler_that_is_not_here_is_named_and_neither_replaced_nor_drawn_with(site: Site) -> None:
+    text = "a fish\nSteps: 9, Sampler: DPM++ 3M <b>SDE</b>, CFG scale: 3.5, Seed: 77, Size: 64x64"
+    site.workspace.pictures.mkdir()
+    picture = site.workspace.pictures / "a.png"
+    save_png(Image.new("RGB", (64, 64)), picture, text)
+    opening = Opening(site, T)
+
+    *fields, dropped, _ = opening.open_png(str(picture))
+    *_, used = opening.act_on_picture("models/b", clicked(act="use", id="pictures/a.png"))
+    *_, again = opening.act_on_picture("models/b", clicked(act="again", id="pictures/a.png"))
+
+    for said in (dropped, used, again):
+        assert "no sampler DPM++ 3M &lt;b&gt;SDE&lt;/b&gt; here" in str(said)
+    names = [field.name for field in dataclasses.fields(Fields)]
+    values = dict(zip(names, fields, strict=False))
+    assert (values["steps"], values["sampler"]) == (9, skip())
+    assert site.studio.desk.drawings() == []
+
+
+def test_a_png_that_cannot_be_read_is_said_to_be_so_and_changes_nothing(site: Site, tmp_path: Path) -> None:
+    damaged = tmp_path / "a.png"
+    damaged.write_bytes(b"\x89PNG\r\n\x1a\n damaged")
+
+    *fields, said, _ = Opening(site, T).open_png(str(damaged))
+
+    assert "said bad" in str(said) and "cannot be read" in str(said)
+    assert all(field == skip() for field in fields)
 
 
 def test_a_run_that_trains_is_asked_for_the_picture_instead(site: Site, engine: GreyEngine) -> None:

@@ -47,14 +47,17 @@ class Opening:
     t: Translator
 
     def fill(self, request: Request) -> list[object]:
-        """The settings of `request`, with its seed kept; how many pictures are drawn is not one of them."""
+        """The settings of `request`, with its seed kept; how many pictures are drawn is not one of them.
+
+        A sampler that is not here leaves the field as it is.
+        """
         width, height = request.size or (gr.skip(), gr.skip())
         fields: dict[str, object] = {
             "prompt": request.prompt,
             "negative": request.negative,
             "steps": request.steps,
             "cfg": request.cfg,
-            "sampler": request.sampler if request.sampler in SAMPLERS else "ddim",
+            "sampler": request.sampler if request.sampler in SAMPLERS else gr.skip(),
             "clip_skip": request.clip_skip,
             "count": gr.skip(),
             "width": width,
@@ -80,7 +83,7 @@ class Opening:
                 return [*UNCHANGED, said(self.t("generate.deleted", name=picture.name))]
             case "use" if picture.parameters:
                 request, unknown = self.site.studio.settle(picture.parameters)
-                return [*self.fill(request), self._about_unknown(unknown, picture.name)]
+                return [*self.fill(request), self._about(request, unknown, picture.name)]
             case "again" if picture.parameters:
                 return [*UNCHANGED, self.draw_again(base_id, picture)]
         return [*UNCHANGED, ""]
@@ -89,6 +92,8 @@ class Opening:
         """Order it with a new seed and everything else as it was. Returns what is said."""
         assert picture.parameters is not None
         request, unknown = self.site.studio.settle(picture.parameters)
+        if request.sampler not in SAMPLERS:
+            return self._about(request, unknown, "")
         form = DrawingForm(
             prompt=request.prompt,
             negative=request.negative,
@@ -103,7 +108,7 @@ class Opening:
             seed_mode="random",
         )
         refused, _ = Orders(self.site, self.t).pictures(base_id, *vars(form).values())
-        return str(refused) or self._about_unknown(unknown, "")
+        return str(refused) or self._about(request, unknown, "")
 
     def open_png(self, file: str | None) -> list[object]:
         """The settings in a picture that was dropped; the last value empties the field of files."""
@@ -114,7 +119,7 @@ class Opening:
         except UserError:
             return [*UNCHANGED, said(self.t("generate.open.none"), bad=True), None]
         request, unknown = self.site.studio.settle(parameters)
-        return [*self.fill(request), self._about_unknown(unknown, Path(file).name), None]
+        return [*self.fill(request), self._about(request, unknown, Path(file).name), None]
 
     def open_page(self, text: str, request: gr.Request) -> list[object]:
         """With the adapter of the address, or else the settings of the newest picture. Last: what can be added."""
@@ -137,7 +142,13 @@ class Opening:
         values[NUM_FIELDS] = show_stack(self.site, self.t, text)
         return [*values, choices]
 
-    def _about_unknown(self, unknown: Sequence[str], name: str) -> str:
+    def _about(self, request: Request, unknown: Sequence[str], name: str) -> str:
+        """What of the settings is not here: adapters, the sampler. Else what was opened, if it has a name."""
+        missing: list[str] = []
         if unknown:
-            return said(self.t("generate.open.unknown", names=", ".join(unknown)), bad=True)
+            missing.append(self.t("generate.open.unknown", names=", ".join(unknown)))
+        if request.sampler not in SAMPLERS:
+            missing.append(self.t("generate.open.sampler", name=request.sampler))
+        if missing:
+            return said("\n".join(missing), bad=True)
         return said(self.t("generate.open.done", name=name)) if name else ""
