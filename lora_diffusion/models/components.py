@@ -101,7 +101,13 @@ class _NoValues(TorchFunctionMode):
 
 
 def empty_module(part: str, config: Mapping[str, Any]) -> nn.Module:
-    """The module that `config` describes, its weights still to come. Raises ModelError if it describes none."""
+    """The module that `config` describes, its weights still to come. Raises ModelError if we can make none of it."""
+    for name in ("latents_mean", "latents_std"):
+        if part == "vae" and config.get(name) is not None:
+            raise ModelError(
+                f"vae/config.json has {name}: the base was trained on latents that are shifted and scaled per channel, "
+                "which this version does not do. Give another base; if the file is wrong, correct it there."
+            )
     try:
         with init_empty_weights(), _NoValues():
             if part == "unet":

@@ -14,6 +14,14 @@ from lora_diffusion.models.errors import ModelError
 TYPES: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v"}
 """`prediction_type` in diffusers' files → our name."""
 
+OTHER_NOISE = (
+    "it learnt on another noise process (EDM or flow matching), and an adapter would be trained towards the wrong "
+    f"target. This version trains {' and '.join(TYPES)}: give a base that was made with one of them."
+)
+"""What is said of a base that predicts neither noise nor velocity, after the place that shows it."""
+
+_OTHER_SCHEDULERS = ("EDM", "FlowMatch")  # in the names of diffusers' classes
+
 _DIFFUSERS_TYPES = {ours: theirs for theirs, ours in TYPES.items()}
 
 
@@ -44,7 +52,16 @@ class ScheduleEvidence:
 
 
 def evidence_of_scheduler(config: Mapping[str, Any]) -> ScheduleEvidence:
-    """What a scheduler_config.json says; many leave `prediction_type` and `rescale_betas_zero_snr` out."""
+    """What a scheduler_config.json says; many leave `prediction_type` and `rescale_betas_zero_snr` out.
+
+    Raises ModelError for what this version does not train.
+    """
+    scheduler = str(config.get("_class_name", ""))
+    if any(name in scheduler for name in _OTHER_SCHEDULERS):
+        raise ModelError(
+            f"scheduler_config.json names the scheduler {scheduler}: {OTHER_NOISE} If the file is wrong, correct it "
+            "there."
+        )
     named, rescaled = config.get("prediction_type"), config.get("rescale_betas_zero_snr")
     if named is not None and named not in TYPES:
         raise ModelError(

@@ -18,7 +18,7 @@ from lora_diffusion.models.builtin_configs import PADDING, builtin_configs
 from lora_diffusion.models.components import PARTS, Components, Dtypes, empty_module, read_json
 from lora_diffusion.models.errors import ModelError
 from lora_diffusion.models.libraries import CLIPTokenizer
-from lora_diffusion.models.schedules import ScheduleEvidence, evidence_of_scheduler
+from lora_diffusion.models.schedules import OTHER_NOISE, ScheduleEvidence, evidence_of_scheduler
 from lora_diffusion.models.tokenizers import find_tokenizer, read_tokenizer
 from lora_diffusion.models.weights import Stored, TensorFile, fill, misfits
 from lora_diffusion.progress import Track, silent
@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 V_MARKER, ZERO_SNR_MARKER = "v_pred", "ztsnr"
 """Names of empty tensors in SDXL checkpoints that say what the model was trained for."""
+
+_OTHER_NOISE_MARKERS = ("edm_vpred.sigma_max", "edm_mean", "edm_std")
+"""Names of tensors in CosXL's files, and in those of Playground v2.5."""
 
 SD2_PROBE = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 SD2_V_SPREAD = 0.09  # the standard deviation above which ComfyUI takes a model for the 768-v one
@@ -106,6 +109,8 @@ def _config_file(configs: Path | None, part: str) -> Path | None:
 
 def _evidence_of_header(file: TensorFile, family: str) -> ScheduleEvidence:
     tensors, metadata = file.header.tensors, file.header.metadata
+    if others := [name for name in _OTHER_NOISE_MARKERS if name in tensors]:
+        raise ModelError(f"{file.path}: holds the tensor {others[0]}: {OTHER_NOISE}")
     prediction, fact = None, ""
     if V_MARKER in tensors:
         prediction, fact = "v", f"the file has the marker {V_MARKER!r}"

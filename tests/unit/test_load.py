@@ -288,6 +288,13 @@ def test_a_config_that_describes_no_model_is_named(folder: Path) -> None:
         load_model(folder)
 
 
+@pytest.mark.parametrize("name", ["latents_mean", "latents_std"])
+def test_a_vae_with_statistics_per_channel_is_refused(folder: Path, name: str) -> None:
+    change_json(folder / "vae" / "config.json", **{name: [0.5, -1.0, 2.0, 0.0]})
+    with pytest.raises(ModelError, match=f"vae/config.json has {name}: .*Give another base"):
+        load(folder)
+
+
 def test_an_adapter_is_no_base(tmp_path: Path) -> None:
     path = tmp_path / "lora.safetensors"
     save_file({"lora_unet_mid_block_attentions_0_proj_in.alpha": torch.tensor(1.0)}, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,15 @@ def test_settings_decide_where_the_files_say_nothing(tmp_path: Path) -> None:
     model = load_model(folder, prediction="v", zero_terminal_snr=True)
     assert model.schedule.prediction == "v"
     assert float(model.schedule.alphas_cumprod[-1]) == 0
+
+
+@pytest.mark.parametrize("scheduler", ["EDMDPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler"])
+def test_a_scheduler_of_another_noise_process_is_refused(tmp_path: Path, scheduler: str) -> None:
+    folder = make_tiny_sd2(tmp_path, prediction=None)
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": scheduler}))
+    with pytest.raises(ModelError, match=rf"names the scheduler {scheduler}: .*This version trains epsilon and v_pred"):
+        load_model(folder, prediction="v")
 
 
 def test_evidence_is_completed_where_it_is_silent() -> None:

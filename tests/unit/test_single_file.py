@@ -222,6 +222,13 @@ def test_a_setting_against_a_marker_is_refused(
         load_model(path, configs=sdxl, **setting)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("marker", ["edm_vpred.sigma_max", "edm_mean", "edm_std"])
+def test_a_file_of_another_noise_process_is_refused(sdxl: Path, tmp_path: Path, marker: str) -> None:
+    path = make_single_file(sdxl, tmp_path / "edm.safetensors", extra={marker: torch.ones(4)})
+    with pytest.raises(ModelError, match=rf"edm.safetensors: holds the tensor {marker}: .*EDM or flow matching"):
+        load_model(path, configs=sdxl)
+
+
 @pytest.mark.parametrize(
     ("metadata", "prediction"),
     [
