@@ -24,6 +24,9 @@ PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x0
 BITS = {"BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64}
 BITS |= {"F16": 16, "BF16": 16, "F32": 32, "F64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "C64": 64}
 
+_SCALED_FP8 = ("scaled_fp8", "scale_weight", "weight_scale", "comfy_quant")
+"""How the names of tensors end that ComfyUI's older and newer files of scaled weights have beside the weights."""
+
 
 class ContainerError(UserError):
     """A file is not a whole, readable safetensors file."""
@@ -88,6 +91,14 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
         f"{folder / stem}.safetensors is missing: {folder.parent} is not a complete diffusers folder. Copy or download "
         "the model again."
     )
+
+
+def scaling_problem(header: Header) -> str:
+    """Why the values in a base's file are not its weights, and what to do; "" if they are."""
+    for name in header.tensors:
+        if name.endswith(_SCALED_FP8):
+            return f"its weights are scaled fp8 ({name} says so), which is not read. Get a version in fp16 or bf16."
+    return ""
 
 
 def conversion_command(pickle: Path, target: Path) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_diffusion.container import PICKLE_SUFFIXES, Header, read_header, weight_files
+from lora_diffusion.container import PICKLE_SUFFIXES, Header, read_header, scaling_problem, weight_files
 from lora_diffusion.errors import RunError
 from lora_diffusion.files import CHUNK_BYTES, sync_folder
 from lora_diffusion.formats.checkpoint_layout import (
@@ -66,16 +66,14 @@ class BaseWeights:
     def open(cls, path: Path) -> BaseWeights:
         """Read the headers of a diffusers folder or single-file checkpoint.
 
-        Raises UserError naming the file: missing, damaged, only pickled, or no Stable Diffusion base.
+        Raises UserError naming the file: missing, damaged, only pickled, scaled fp8, or no Stable Diffusion base.
         """
         if not path.is_dir():
-            header = read_header(path)
+            header = _header(path)
             layout = layout_of_checkpoint(path, header)
             return cls(path, layout.family, layout.layers, layout.others, {path: header})
         folders = {part: path / part for part in PARTS if part == "unet" or (path / part).is_dir()}
-        parts = {
-            part: {file: read_header(file) for file in weight_files(folders[part], PARTS[part])} for part in folders
-        }
+        parts = {part: {file: _header(file) for file in weight_files(folders[part], PARTS[part])} for part in folders}
         layout = layout_of_folder(path, parts)
         headers = {file: header for files in parts.values() for file, header in files.items()}
         return cls(path, layout.family, layout.layers, layout.others, headers)
@@ -201,6 +199,13 @@ class _Copy:
                 "%s was copied as it is and holds the old weights; delete it from the copy if a program might load it",
                 source.relative_to(self.base.path),
             )
+
+
+def _header(file: Path) -> Header:
+    header = read_header(file)
+    if problem := scaling_problem(header):
+        raise BaseFileError(f"{file}: {problem}")
+    return header
 
 
 def _check_out(source: Path, out: Path) -> None:

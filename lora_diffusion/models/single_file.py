@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from lora_diffusion.container import Header
+from lora_diffusion.container import Header, scaling_problem
 from lora_diffusion.diffusion.schedule import Prediction
 from lora_diffusion.ldm_names import TEXT_ENCODER_PREFIXES, UNET_PREFIX, VAE_PREFIX, Place, place_in_single_file
 from lora_diffusion.models.builtin_configs import PADDING, builtin_configs
@@ -145,8 +145,8 @@ def _check_part(file: TensorFile, family: str, part: str) -> None:
             f"{file.path}: this checkpoint holds no {what} (no tensor is named {prefix}…). Get the full version of the "
             "model, or its diffusers folder."
         )
-    if any(name.endswith("scale_weight") or name == "scaled_fp8" for name in names):
-        raise ModelError(f"{file.path}: its weights are scaled fp8, which is not read. Get a version in fp16 or bf16.")
+    if problem := scaling_problem(file.header):
+        raise ModelError(f"{file.path}: {problem}")
 
 
 def _places(file: TensorFile, family: str, part: str, module: nn.Module) -> dict[str, Stored]:

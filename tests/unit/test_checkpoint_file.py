@@ -456,6 +456,26 @@ def test_what_is_no_base_is_refused_with_its_name(tiny_sd1: Path, tmp_path: Path
         BaseWeights.open(tmp_path / "inpainting.safetensors")
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("scaled_fp8", "model.diffusion_model.scaled_fp8", "model.diffusion_model.out.2.scale_weight"),
+        *("mid_block.proj_in.weight_scale", "mid_block.proj_in.comfy_quant"),
+    ],
+)
+@pytest.mark.parametrize("form", ["folder", "file"])
+def test_weights_that_others_scale_are_refused(
+    tiny_sd1: Path, single_file: Path, tmp_path: Path, name: str, form: str
+) -> None:
+    """ΔW would be added to values that are not the weights, and be lost when they are scaled."""
+    base = tmp_path / ("base" if form == "folder" else "base.safetensors")
+    (shutil.copytree if form == "folder" else shutil.copy)(tiny_sd1 if form == "folder" else single_file, base)
+    weights = base / UNET_FILE if form == "folder" else base
+    save_file(load_file(weights) | {name: torch.tensor(2.0)}, weights)
+    with pytest.raises(BaseFileError, match=rf"{weights}: its weights are scaled fp8 \({name} says so\)"):
+        BaseWeights.open(base)
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_odd_files_are_left_out_and_links_to_folders_refused(tiny_sd1: Path, tmp_path: Path) -> None:
     folder = tmp_path / "base"
