@@ -88,8 +88,8 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
             "variant, or convert it in a sandbox with diffusers: save_pretrained(safe_serialization=True)."
         )
     raise ContainerError(
-        f"{folder / stem}.safetensors is missing: {folder.parent} is not a complete diffusers folder. Copy or download "
-        "the model again."
+        f"{folder / stem}.safetensors is missing, and so is {stem}.fp16.safetensors: {folder.parent} is not a complete "
+        "diffusers folder. Copy or download the model again, or choose one with .safetensors weights."
     )
 
 

@@ -32,6 +32,7 @@ HUB_WEIGHTS = (
     *("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model"),
     *("text_encoder/model", "text_encoder_2/model"),
 )
+_WHOLE_ENDINGS, _HALF_ENDING = (".safetensors", "-*-of-*.safetensors"), ".fp16.safetensors"
 
 
 def load_model(
@@ -136,12 +137,24 @@ def find(path: Path | str) -> Path:
     if local.exists():
         raise ModelError(f"{path}: this folder has no model_index.json, so it is not a diffusers model.")
     if is_hub_id(str(path)) and not local.parent.exists():
-        weights = tuple(f"{stem}{ending}" for stem in HUB_WEIGHTS for ending in (".safetensors", "-*-of-*.safetensors"))
-        return hub_folder(str(path), HUB_FILES + weights)
+        return _hub_model(str(path))
     raise ModelError(
         f"{path}: there is no such folder or file (looked in {Path.cwd()}). Give model.path a diffusers folder, "
         "a .safetensors checkpoint, or a hub id such as 'owner/name'."
     )
+
+
+def _hub_model(repo: str) -> Path:
+    """The local copy of a hub repository; of its parts in half precision, those that it has in no other."""
+    patterns = (*HUB_FILES, *(f"{stem}{ending}" for stem in HUB_WEIGHTS for ending in _WHOLE_ENDINGS))
+    folder = hub_folder(repo, patterns)
+    halves = [
+        f"{stem}{_HALF_ENDING}"
+        for stem in HUB_WEIGHTS
+        if (folder / stem).parent.is_dir()
+        and not any(any(folder.glob(f"{stem}{ending}")) for ending in (*_WHOLE_ENDINGS, _HALF_ENDING))
+    ]
+    return hub_folder(repo, (*patterns, *halves)) if halves else folder
 
 
 def detect_family(source: Path) -> Evidence:

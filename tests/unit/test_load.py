@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_diffusion.container import ContainerError
 from lora_diffusion.errors import UserError
 from lora_diffusion.models.base import ModelError
-from lora_diffusion.models.load import load_model
+from lora_diffusion.models.load import find, load_model
 from lora_diffusion.models.packed_conv import has_fast_bf16
 from lora_diffusion.models.sd1 import SD1
 from tests.tiny import make_tiny_sd1
@@ -153,6 +154,29 @@ def test_half_precision_variant_is_used_when_it_is_the_only_one(folder: Path) ->
     (folder / UNET_WEIGHTS).unlink()
     save_file(half, folder / "unet" / "diffusion_pytorch_model.fp16.safetensors")
     assert torch.equal(load(folder).unet.conv_in.weight, half["conv_in.weight"].float())
+
+
+def test_of_a_hub_repository_those_parts_are_had_in_half_precision_that_it_has_in_no_other(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in (folder / UNET_WEIGHTS, folder / VAE_WEIGHTS):
+        shutil.copy(path, path.with_suffix(".fp16.safetensors"))
+    (folder / UNET_WEIGHTS).unlink()
+    cache = tmp_path / "cache"
+
+    def download(repo: str, *, allow_patterns: list[str], **options: Any) -> str:
+        """As `snapshot_download` does, from `folder`."""
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns):
+            (cache / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / name, cache / name)
+        return str(cache)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert find("somewhere-near/half") == cache
+    weights = {path.relative_to(cache).as_posix() for path in cache.rglob("*.safetensors")}
+    half_unet = UNET_WEIGHTS.with_suffix(".fp16.safetensors")
+    assert weights == {half_unet.as_posix(), VAE_WEIGHTS.as_posix(), TEXT_WEIGHTS.as_posix()}
 
 
 def test_a_tokenizer_that_does_not_say_its_length_cuts_at_the_encoders(folder: Path) -> None:
