@@ -17,6 +17,10 @@ from lora_diffusion.models.heap import trim_heap
 _CHANNEL_BLOCK = 64  # oneDNN's order of other widths depends on the picture's size, and a wrong guess costs 5 ms a call
 _KERNEL = (3, 3)  # 1x1 is a matrix product, whose order depends on the picture's size too, and which gains little
 _TYPICAL_SIDE = 64  # of the latents; from 4 to 32 the order suits as well: within 15 % of the best one's time
+_SETTINGS = (
+    *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
+    *("padding_mode", "transposed", "output_padding"),  # not for arithmetic: repr and other code of torch reads them
+)
 
 
 def pack_convolutions(root: nn.Module) -> int:
@@ -60,9 +64,8 @@ class PackedConv2d(nn.Conv2d):
         """layer: a frozen Conv2d for which `pack_convolutions` is meant; it is left as it is."""
         assert isinstance(layer, nn.Conv2d)
         nn.Module.__init__(self)  # not Conv2d's, which would make a weight
-        for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
+        for name in _SETTINGS:
             setattr(self, name, getattr(layer, name))
-        self.padding_mode = layer.padding_mode
         weight = layer.weight.detach()
         self.dtype = weight.dtype
         self.bias = layer.bias

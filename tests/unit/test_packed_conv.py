@@ -17,7 +17,7 @@ from lora_diffusion.models.packed_conv import PackedConv2d, has_fast_bf16, pack_
 from lora_diffusion.streams import stream
 from tests import sd15
 
-pytestmark = pytest.mark.skipif(not has_fast_bf16(), reason="needs a CPU for which convolutions are packed (AVX-512)")
+packs = pytest.mark.skipif(not has_fast_bf16(), reason="needs a CPU for which convolutions are packed (AVX-512)")
 
 BF16 = 2**-8  # half the distance of neighbouring numbers, relative
 
@@ -35,6 +35,7 @@ def picture(batch: int, channels: int, height: int, width: int, seed: int = 1) -
     return torch.randn((batch, channels, height, width), generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
+@packs
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 64, 64, 8, 8), (2, 128, 64, 5, 12), (1, 64, 192, 3, 3)])
 def test_output_and_gradient_are_those_of_the_plain_layer(shape: tuple[int, int, int, int, int], bias: bool) -> None:
@@ -55,6 +56,7 @@ def test_output_and_gradient_are_those_of_the_plain_layer(shape: tuple[int, int,
     )  # the exact one rounded too
 
 
+@packs
 def test_nothing_is_saved_for_the_backward_pass_and_no_weight_is_kept_unpacked() -> None:
     packed = PackedConv2d(convolution(64, 64))
     saved: list[Tensor] = []
@@ -64,6 +66,7 @@ def test_nothing_is_saved_for_the_backward_pass_and_no_weight_is_kept_unpacked()
     assert [name for name, _ in packed.named_parameters()] == ["bias"]
 
 
+@packs
 def test_the_weight_can_be_had_again_bit_for_bit_and_its_stand_in_poisons_arithmetic() -> None:
     plain = convolution(64, 128)
     packed = PackedConv2d(plain)
@@ -75,6 +78,14 @@ def test_the_weight_can_be_had_again_bit_for_bit_and_its_stand_in_poisons_arithm
     assert packed.weight.sum().isnan()
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+def test_a_packed_layer_is_described_as_what_it_packs() -> None:
+    """Messages name the layer that an adapter does not fit."""
+    plain = nn.Conv2d(64, 128, 3, padding=1, bias=False)  # float32 can be packed on every CPU with oneDNN
+    assert repr(PackedConv2d(plain)) == repr(plain).replace("Conv2d", "PackedConv2d")
+
+
+@packs
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_changes_nothing(use_reentrant: bool) -> None:
     packed = PackedConv2d(convolution(64, 64))
@@ -115,6 +126,7 @@ def test_all_large_convolutions_of_stable_diffusion_gain() -> None:
     assert sizes.keys() - blocked == {"conv_in", "conv_out"}
 
 
+@packs
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_every_adapter_kind_does_on_a_packed_layer_what_it_does_on_a_plain_one(kind: str) -> None:
     plain_root = nn.Sequential(convolution(64, 64))
@@ -142,6 +154,7 @@ def test_every_adapter_kind_does_on_a_packed_layer_what_it_does_on_a_plain_one(k
     torch.testing.assert_close(packed_root(x), plain_root(x), rtol=2 * BF16, atol=2 * BF16)
 
 
+@packs
 def test_ejecting_an_adapter_leaves_the_packed_layer_and_merging_rounds_once() -> None:
     root = nn.Sequential(convolution(64, 64))
     exact = root[0].weight.clone()
