@@ -87,14 +87,12 @@ class AdapterFile:
             raise AdapterFileError(str(error)) from error
         layout = layout_of(path, header)
         tensors = _read_tensors(path, header)
-        ranks = {name: geometry.rank for name, geometry in layout.geometries.items()}
+        alphas = {name: tensors[keys[ALPHA]].item() for name, keys in layout.modules.items() if ALPHA in keys}
+        ranks = {name: geometry.rank for name, geometry in layout.geometries.items() if name not in alphas}
         if layout.format == "peft":
-            alphas = peft_alphas(path, ranks, layout.modules, header.metadata)
-        else:  # a file without alpha means scale 1 to every reader
-            alphas = {
-                name: tensors[keys[ALPHA]].item() if ALPHA in keys else float(ranks[name])
-                for name, keys in layout.modules.items()
-            }
+            alphas |= peft_alphas(path, ranks, layout.modules, header.metadata)
+        else:  # a module without alpha means scale 1 to every reader
+            alphas |= {name: float(rank) for name, rank in ranks.items()}
         modules: dict[str, dict[str, Tensor]] = {}
         for name, keys in layout.modules.items():
             parts = {part: tensors[key] for part, key in keys.items() if part != ALPHA}

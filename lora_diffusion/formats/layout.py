@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lora_diffusion.adapters.geometry import DORA_SCALE, PARTS, Geometry, geometry_of
+from lora_diffusion.adapters.geometry import ALPHA, DORA_SCALE, PARTS, Geometry, geometry_of
 from lora_diffusion.container import Header, TensorInfo
 from lora_diffusion.errors import UserError
 from lora_diffusion.formats.families import FAMILY_NAMES, cross_widths, family_of_metadata, family_of_tensors
@@ -124,7 +124,16 @@ def _group(
         if part in parts:
             raise AdapterFileError(f"{path}: {key} and {parts[part]} name the same tensor. Keep one of them.")
         parts[part] = key
+    for key in unread:
+        if _is_of_a_module(key, found, two_encoders):
+            raise _unknown_kind(path, key)
     return found, unread
+
+
+def _is_of_a_module(key: str, found: Mapping[str, Mapping[str, object]], two_encoders: bool) -> bool:
+    """Whether the name of a module of the file is what `key` begins with, "….to_k" of "….to_k.diff_b"."""
+    places = [_place(f"{key.rsplit('.', steps)[0]}.{ALPHA}", two_encoders) for steps in (1, 2)]
+    return any(place is not None and place[1] in found.get(place[0], {}) for place in places)
 
 
 def _place(key: str, two_encoders: bool) -> tuple[str, str, str] | None:

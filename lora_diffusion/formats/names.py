@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from lora_diffusion.adapters.geometry import DORA_SCALE, DOWN, UP
+from lora_diffusion.adapters.geometry import ALPHA, DORA_SCALE, DOWN, UP
 from lora_diffusion.ldm_names import unet_from_ldm, unet_to_ldm
 
 PEFT_PREFIXES = {
@@ -35,12 +35,13 @@ _SEGMENT = re.compile(rf"({'|'.join(sorted(SEGMENTS, key=len, reverse=True))}|\d
 _LDM_START = re.compile(r"(?:input_blocks|middle_block|output_blocks|time_embed|label_emb|out)_\d")
 _PEFT_KEY = re.compile(
     r"(?:base_model\.model\.)?(?:(unet|text_encoder|text_encoder_2)\.)?(.+)\."
-    r"(lora_[AB](?:\.default)?\.weight|lora_magnitude_vector(?:\.default)?(?:\.weight)?)"
+    r"(lora_[AB](?:\.default)?\.weight|lora_magnitude_vector(?:\.default)?(?:\.weight)?|alpha)"
 )
 _LYCORIS_PREFIX = "lycoris_"  # of the LyCORIS library outside kohya's trainer; it means the UNet
 _OLD_KEY = re.compile(
     r"(?:\.processor)?\.(?P<layer>to_q|to_k|to_v|to_out)_lora\.(?P<matrix>down|up)\.weight$"  # before diffusers 0.22
     r"|\.lora(?:_linear_layer)?\.(?P<later>down|up)\.weight$"  # until 0.24, and for text encoders
+    r"|\.processor\.(?P<scaled>to_q|to_k|to_v|to_out)\.alpha$"  # beside the first, as ComfyUI looks for it
 )
 _CLIP_LAYERS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
@@ -134,7 +135,7 @@ def from_peft_key(key: str, *, two_encoders: bool = False) -> tuple[str, str] | 
     prefix = {"unet": "lora_unet", "text_encoder": "lora_te1" if two_encoders else "lora_te"}.get(component, "lora_te2")
     if component != "unet" and not path.startswith("text_model."):
         path = f"text_model.{path}"  # transformers 5 module paths lack a level that every reader of kohya files expects
-    part = {"A": DOWN, "B": UP}.get(tensor.removeprefix("lora_")[0], DORA_SCALE)
+    part = ALPHA if tensor == ALPHA else {"A": DOWN, "B": UP}.get(tensor.removeprefix("lora_")[0], DORA_SCALE)
     return kohya_name(prefix, path), part
 
 
@@ -151,10 +152,12 @@ def _modern(key: str) -> str:
     match = _OLD_KEY.search(key)
     if match is None:
         return key
-    layer = match["layer"]
+    layer = match["layer"] or match["scaled"]
     if layer and key.startswith("text_encoder"):
         layer = _CLIP_LAYERS[layer]
     elif layer == "to_out":
         layer = "to_out.0"
     path = key[: match.start()] + (f".{layer}" if layer else "")
+    if match["scaled"]:
+        return f"{path}.{ALPHA}"
     return f"{path}.lora_{'A' if (match['matrix'] or match['later']) == 'down' else 'B'}.weight"

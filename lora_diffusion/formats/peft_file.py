@@ -1,4 +1,4 @@
-"""PEFT files: no alpha tensors, but a `lora_adapter_metadata` that says rank and alpha, as diffusers 0.34 writes it."""
+"""PEFT files: `lora_adapter_metadata` says rank and alpha, as diffusers 0.34 writes it; few have alpha tensors."""
 
 from __future__ import annotations
 
@@ -91,15 +91,16 @@ def peft_metadata(modules: Modules) -> dict[str, str]:
 def peft_alphas(
     path: Path, ranks: Mapping[str, int], modules: Mapping[str, Mapping[str, str]], metadata: Mapping[str, str]
 ) -> dict[str, float]:
-    """Alpha by canonical module name, for modules of the given ranks; alpha = rank if the file says nothing.
+    """Alpha by canonical module name, for the modules in `ranks`; alpha = rank if the file says nothing.
 
-    Raises AdapterFileError if the metadata is there but unreadable, silent about a component, or contradicts the
-    tensors: the scale cannot be known then. The same for a file of PEFT itself without its `adapter_config.json`.
+    ranks: of the modules without an alpha tensor; where there is one it counts, as in ComfyUI. Raises AdapterFileError
+    if the metadata is there but unreadable, silent about a component, or contradicts the tensors: the scale cannot be
+    known then. The same for a file of PEFT itself without its `adapter_config.json`.
     """
     if METADATA_KEY in metadata:
         config = _of_every_component(_parse(path, metadata[METADATA_KEY]))
         return {name: _alpha(path, name, rank, config) for name, rank in ranks.items()}
-    if any(key.startswith(_PEFT_ROOT) for keys in modules.values() for key in keys.values()):
+    if any(key.startswith(_PEFT_ROOT) for name in ranks for key in modules[name].values()):
         config = _adapter_config(path)
         return {name: _alpha(path, name, rank, config) for name, rank in ranks.items()}
     return {name: float(rank) for name, rank in ranks.items()}

@@ -101,7 +101,8 @@ def dotted_names(facts: FileFacts) -> Iterator[Finding]:
         reason = f"it does not find {len(lost)} of {len(facts.keys)} modules by their PEFT names"
         yield COMFYUI, Verdict.NOTHING if len(lost) == len(facts.keys) else Verdict.IN_PART, reason
         yield FORGE, Verdict.REFUSES if len(lost_keys) > _FORGE_LIMIT else Verdict.IN_PART, reason
-    if any(facts.alphas[name] != facts.geometries[name].rank for name in facts.keys.keys() - set(lost)):
+    silent = [name for name in facts.keys.keys() - set(lost) if ALPHA not in facts.keys[name]]
+    if any(facts.alphas[name] != facts.geometries[name].rank for name in silent):
         yield from _all((COMFYUI, FORGE), Verdict.WRONG, "it ignores alpha in the metadata: the strength is another")
 
 
@@ -109,6 +110,11 @@ def _is_lost_in_comfyui(key: str) -> bool:
     if key.startswith("unet."):
         return re.search(r"\.attn[12]\.to_", key) is not None
     return ".text_model." not in key or "_lora." in key
+
+
+def alphas_beside_dotted_names(facts: FileFacts) -> Iterator[Finding]:
+    if facts.format == "peft" and any(ALPHA in keys for keys in facts.keys.values()):
+        yield DIFFUSERS, Verdict.REFUSES, "in a file of dotted names it takes no alpha tensors, only metadata"
 
 
 def differing_alphas_in_attention(facts: FileFacts) -> Iterator[Finding]:
@@ -242,6 +248,7 @@ def lycoris_prefix(facts: FileFacts) -> Iterator[Finding]:
 RULES: tuple[Callable[[FileFacts], Iterable[Finding]], ...] = (
     numbered_names,
     dotted_names,
+    alphas_beside_dotted_names,
     differing_alphas_in_attention,
     differing_alphas_in_a_text_encoder,
     some_alphas_missing,

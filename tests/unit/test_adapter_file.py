@@ -255,6 +255,35 @@ def test_a_kohya_file_without_alpha_has_scale_1(model: SD1, tmp_path: Path) -> N
     assert {parts["alpha"].item() for parts in back.modules.values()} == {4.0}
 
 
+@pytest.mark.parametrize(
+    ("down", "up", "alpha"),
+    [
+        ("to_out.0.lora_A.weight", "to_out.0.lora_B.weight", "to_out.0.alpha"),
+        ("to_out.0.lora.down.weight", "to_out.0.lora.up.weight", "to_out.0.alpha"),
+        ("processor.to_out_lora.down.weight", "processor.to_out_lora.up.weight", "processor.to_out.alpha"),
+    ],
+)
+def test_an_alpha_tensor_counts_in_files_of_dotted_names(tmp_path: Path, down: str, up: str, alpha: str) -> None:
+    attention, silent = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.", "unet.mid_block.attentions.0.proj_in"
+    tensors = {attention + down: torch.ones(4, 8), attention + up: torch.ones(8, 4), attention + alpha: torch.ones(())}
+    tensors |= {f"{silent}.lora_A.weight": torch.ones(4, 8), f"{silent}.lora_B.weight": torch.ones(8, 4)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    file = AdapterFile.read(tmp_path / "a.safetensors")
+    assert {name.rpartition("_attentions_0_")[2]: parts["alpha"].item() for name, parts in file.modules.items()} == {
+        "transformer_blocks_0_attn1_to_out_0": 1.0,
+        "proj_in": 4.0,
+    }
+    assert file.notes == ()
+
+
+def test_an_alpha_tensor_counts_more_than_metadata(tmp_path: Path) -> None:
+    tensors = {f"unet.mid_block.proj_in.lora_{part}.weight": torch.ones(4, 4) for part in "AB"}
+    metadata = {"lora_adapter_metadata": json.dumps({"unet.r": 4, "unet.lora_alpha": 8})}
+    save_file(tensors | {"unet.mid_block.proj_in.alpha": torch.ones(())}, tmp_path / "a.safetensors", metadata)
+    (parts,) = AdapterFile.read(tmp_path / "a.safetensors").modules.values()
+    assert parts["alpha"] == 1.0
+
+
 def test_the_numbered_name_of_the_text_encoder_is_understood(model: SD1, tmp_path: Path) -> None:
     file = adapter(model)
     back = save_kohya(file, tmp_path / "a.safetensors", rename=("lora_te_", "lora_te1_"))

@@ -170,6 +170,10 @@ BAD_TENSORS: dict[str, tuple[Tensors, str]] = {
     "full difference": ({f"{K}.diff": torch.ones(16, 32)}, "full weight differences"),
     "unknown part": (good() | {f"{K}.scale": torch.tensor(1.0)}, f"{K}.scale is no part of an adapter"),
     "PEFT bias": (peft()[0] | {f"{PEFT_K}.lora_B.bias": torch.ones(16)}, "lora_B.bias is no part of an adapter"),
+    "PEFT full difference": (peft()[0] | {f"{PEFT_K}.diff_b": torch.ones(16)}, "diff_b belongs to full weight diff"),
+    "PEFT norm": (peft()[0] | {f"{PEFT_K}.w_norm.weight": torch.ones(16)}, "w_norm.weight belongs to trained norm"),
+    "PEFT alpha of no module": (peft()[0] | {"unet.mid_block.alpha": torch.ones(())}, "alpha alone are no adapter"),
+    "PEFT alpha of two": (peft()[0] | {f"{PEFT_K}.alpha": torch.ones(2)}, r"alpha has shape \(2,\)"),
     "same PEFT tensor twice": (
         peft()[0] | {f"{PEFT_K.replace('to_k', 'processor.to_k')}_lora.down.weight": torch.ones(4, 32)},
         "name the same tensor",

@@ -208,6 +208,14 @@ def test_the_strength_in_peft_metadata_is_for_diffusers(tmp_path: Path) -> None:
     assert DIFFUSERS not in found
 
 
+def test_alpha_tensors_beside_peft_names_are_for_comfyui_and_forge(tmp_path: Path) -> None:
+    modules = peft({MLP: lora()})
+    modules[MLP]["alpha"] = torch.tensor(2.0)
+    found = verdicts(facts(tmp_path, modules))
+
+    assert found == {SDNEXT: "not at all", SD_SCRIPTS: "not at all", DIFFUSERS: "refuses it"}
+
+
 def test_old_diffusers_names_of_attention_are_read_with_their_processor(tmp_path: Path) -> None:
     base = ATTENTION.replace(".to_q", ".processor.to_q_lora")
     parts = {"down.weight": randn(4, 8), "up.weight": randn(12, 4)}
@@ -236,4 +244,4 @@ def test_the_worst_verdict_counts_and_all_reasons_are_told(tmp_path: Path) -> No
 
 
 def test_every_rule_is_asked() -> None:
-    assert len(RULES) == len(set(RULES)) == 18
+    assert len(RULES) == len(set(RULES)) == 19
