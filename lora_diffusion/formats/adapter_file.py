@@ -24,7 +24,7 @@ from lora_diffusion.files import write_bytes_atomically
 from lora_diffusion.formats.families import made_for
 from lora_diffusion.formats.layout import AdapterFileError, Format, Layout, layout_of, magnitude_shape
 from lora_diffusion.formats.metadata import legacy_hash, network_metadata, tensor_hash
-from lora_diffusion.formats.names import canonical_name, name_in_file
+from lora_diffusion.formats.names import canonical_name, name_in_file, usual_name
 from lora_diffusion.formats.peft_file import peft_alphas, peft_metadata, peft_tensors
 
 Modules = Mapping[str, Mapping[str, Tensor]]
@@ -162,14 +162,14 @@ class AdapterFile:
         Raises AdapterFileError if no module fits, or if one has another shape than its layer.
         """
         places = {
-            canonical_name(part.file_name(path)): (name, path, layer)
+            _one_name(canonical_name(part.file_name(path))): (name, path, layer)
             for name, part in parts.items()
             for path, layer in _layers(part.module).items()
         }
         matches: list[Match] = []
         unread: list[str] = []
         for name, tensors in self.modules.items():
-            place = places.get(name) or places.get(_alias(name))
+            place = places.get(_one_name(name))
             if place is None:
                 unread.append(name)
                 continue
@@ -287,8 +287,8 @@ def _is_blank(parts: Mapping[str, Tensor]) -> bool:
 
 
 def _scales(file: AdapterFile) -> dict[str, float]:
-    return {  # the one text encoder has two names, of which a PEFT file keeps neither
-        name.replace("lora_te1_", "lora_te_"): parts[ALPHA].item() / file.geometries[name].rank
+    return {
+        _one_name(name): parts[ALPHA].item() / file.geometries[name].rank
         for name, parts in file.modules.items()
         if file.geometries[name].rank
     }
@@ -324,8 +324,6 @@ def _layers(root: nn.Module, prefix: str = "") -> dict[str, Layer]:
     return layers
 
 
-def _alias(name: str) -> str:
-    """Some programs call the one text encoder of SD 1.x `lora_te1`, some the first one of SDXL `lora_te`."""
-    if name.startswith("lora_te1_"):
-        return f"lora_te_{name.removeprefix('lora_te1_')}"
-    return f"lora_te1_{name.removeprefix('lora_te_')}" if name.startswith("lora_te_") else name
+def _one_name(name: str) -> str:
+    """The same for every spelling: some programs call the one text encoder `lora_te1`, some drop its `text_model`."""
+    return usual_name(name, "sdxl")

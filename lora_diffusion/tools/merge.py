@@ -15,6 +15,7 @@ from lora_diffusion.errors import UserError
 from lora_diffusion.formats.adapter_file import AdapterFile
 from lora_diffusion.formats.checkpoint_file import BaseWeights
 from lora_diffusion.formats.families import FAMILY_NAMES
+from lora_diffusion.formats.names import usual_name
 from lora_diffusion.progress import Track, silent
 from lora_diffusion.streams import stream
 from lora_diffusion.tools.block_weights import BlockWeight, block_factor, check_block_weights
@@ -28,7 +29,7 @@ from lora_diffusion.tools.low_rank import (
     ties,
     truncate,
 )
-from lora_diffusion.tools.on_base import change_of, layers_in_base, with_names_of_family
+from lora_diffusion.tools.on_base import change_of, layers_in_base
 from lora_diffusion.tools.plain_lora import Factors, kernel_of, plain_modules, rounding_error
 from lora_diffusion.tools.result_file import (
     check_output,
@@ -172,10 +173,8 @@ def merge_adapters(
 def _check_inputs(files: Sequence[tuple[AdapterFile, float]], settings: MergeSettings) -> _Inputs:
     family = _common_family([file for file, _ in files])
     base = BaseWeights.open(settings.base) if settings.base is not None else None
-    renamed = [
-        {with_names_of_family(name, family or (base.family if base else "")): name for name in file.modules}
-        for file, _ in files
-    ]
+    naming = family or (base.family if base else _family_of_names([file for file, _ in files]))
+    renamed = [{usual_name(name, naming): name for name in file.modules} for file, _ in files]
     for (file, _), names in zip(files, renamed, strict=True):
         if base is not None:
             layers_in_base(file, base)
@@ -224,6 +223,11 @@ def _common_family(files: Sequence[AdapterFile]) -> str:
                 f"{FAMILY_NAMES[known[0].family]}. Merge adapters of one model family only."
             )
     return known[0].family if known else ""
+
+
+def _family_of_names(files: Sequence[AdapterFile]) -> str:
+    """Of files that show no family, one that calls the first text encoder as they do: `lora_te` if any of them does."""
+    return "sd1" if any(name.startswith("lora_te_") for file in files for name in file.modules) else "sdxl"
 
 
 def _check_same_layer(name: str, file: AdapterFile, geometry: Geometry, owner: AdapterFile, first: Geometry) -> None:

@@ -15,6 +15,7 @@ from lora_diffusion.formats.adapter_file import AdapterFile
 from lora_diffusion.formats.checkpoint_file import BaseWeights
 from lora_diffusion.formats.families import FAMILY_NAMES
 from lora_diffusion.formats.layout import AdapterFileError
+from lora_diffusion.formats.names import usual_name
 from lora_diffusion.tools.deltas import delta_of
 
 
@@ -24,12 +25,6 @@ def change_of(weight: Tensor, parts: Mapping[str, Tensor], geometry: Geometry) -
     if geometry.dora_axis is None:
         return delta_of(parts, geometry).reshape(weight.shape)
     return adapter_from_tensors(_layer(weight), parts).delta()
-
-
-def with_names_of_family(name: str, family: str) -> str:
-    """The one text encoder of SD 1.x and 2.x is `lora_te`, the first of SDXL `lora_te1`; some files swap the two."""
-    wrong, right = ("lora_te_", "lora_te1_") if family == "sdxl" else ("lora_te1_", "lora_te_")
-    return f"{right}{name.removeprefix(wrong)}" if name.startswith(wrong) else name
 
 
 def layers_in_base(file: AdapterFile, base: BaseWeights) -> dict[str, str]:
@@ -42,7 +37,7 @@ def layers_in_base(file: AdapterFile, base: BaseWeights) -> dict[str, str]:
             f"{file.path}: made for {FAMILY_NAMES[file.family]}; {base.path} is {FAMILY_NAMES[base.family]}. Give a "
             f"base of {FAMILY_NAMES[file.family]}."
         )
-    places = {name: with_names_of_family(name, base.family) for name in file.modules}
+    places = {name: usual_name(name, base.family) for name in file.modules}
     if missing := [name for name, layer in places.items() if layer not in base.layers]:
         raise AdapterFileError(
             f"{file.path}: {base.path} has no layer for {len(missing)} of its {len(places)} modules, such as "

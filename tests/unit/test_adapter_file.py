@@ -291,6 +291,14 @@ def test_the_numbered_name_of_the_text_encoder_is_understood(model: SD1, tmp_pat
     assert_same_deltas(deltas(back, model), deltas(file, model))
 
 
+def test_names_of_the_text_encoder_without_text_model_are_understood(model: SD1, tmp_path: Path) -> None:
+    file = adapter(model)
+    back = save_kohya(file, tmp_path / "a.safetensors", rename=("lora_te_text_model_", "lora_te_"))
+    assert "lora_te_encoder_layers_0_mlp_fc1" in back.modules
+    assert back.attach(model.parts).unread == ()
+    assert_same_deltas(deltas(back, model), deltas(file, model))
+
+
 def test_a_module_under_both_text_encoder_names_is_refused(model: SD1, tmp_path: Path) -> None:
     file = adapter(model)
     twice = {n.replace("lora_te_", "lora_te1_"): parts for n, parts in file.modules.items() if n.startswith("lora_te_")}

@@ -122,6 +122,16 @@ def test_loha_and_lokr_are_added_exactly(tiny_sd1: Path, tmp_path: Path) -> None
         assert relative(change_in(tiny_sd1, tmp_path / "out", name), 0.5 * dense(module)) < 3 * FLOAT32
 
 
+def test_a_text_encoder_without_text_model_in_its_names_is_baked(tiny_sd1: Path, tmp_path: Path) -> None:
+    name = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    module = lora(*size_of(tiny_sd1, name), 2, alpha=1, seed=1)
+    path = save_kohya(tmp_path / "a.safetensors", {name.replace("text_model_", ""): module})
+    report = bake_adapters(tiny_sd1, [(path, 1.0)], tmp_path / "out")
+
+    assert [layer.name for layer in report.layers] == [name]
+    assert relative(change_in(tiny_sd1, tmp_path / "out", name), dense(module)) < 3 * FLOAT32
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 def test_a_dora_sees_what_the_adapters_before_it_left(tiny_sd1: Path, tmp_path: Path, axis: int) -> None:
     size, weight = size_of(tiny_sd1, TO_Q), BaseWeights.open(tiny_sd1).read(TO_Q).double()

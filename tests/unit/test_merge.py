@@ -295,6 +295,34 @@ def test_the_two_names_of_the_one_text_encoder_are_one(tmp_path: Path) -> None:
     assert relative(dense(file.modules[TEXT]), dense(first) + dense(second)) < FLOAT32
 
 
+@pytest.mark.parametrize("format", ["kohya", "peft"])
+@pytest.mark.parametrize("metadata", [SD1, {}])
+def test_a_text_encoder_without_text_model_in_its_names_is_the_same_one(
+    tmp_path: Path, format: str, metadata: dict[str, str]
+) -> None:
+    first, second = lora(64, 32, 2, alpha=1, seed=1), lora(64, 32, 2, alpha=1, seed=5)
+    flat = TEXT.replace("text_model_", "")
+    paths = [
+        save_kohya(tmp_path / "a.safetensors", {TEXT: first}, metadata),
+        save_kohya(tmp_path / "b.safetensors", {flat: second}, metadata),
+    ]
+    file, _ = merged([(path, 1.0) for path in paths], tmp_path / "out.safetensors", format=format)
+    alone, _ = merged([(paths[1], 1.0)], tmp_path / "alone.safetensors", format=format)
+
+    assert file.modules.keys() == alone.modules.keys() == {TEXT}
+    assert relative(dense(file.modules[TEXT]), dense(first) + dense(second)) < FLOAT32
+    assert relative(dense(alone.modules[TEXT]), dense(second)) < FLOAT32
+
+
+def test_the_first_text_encoder_keeps_its_number_where_no_family_is_known(tmp_path: Path) -> None:
+    numbered = TEXT.replace("lora_te_", "lora_te1_")
+    path = save_kohya(tmp_path / "a.safetensors", {numbered: lora(64, 32, 2, alpha=1, seed=1)})
+    plain = save_kohya(tmp_path / "b.safetensors", {TEXT: lora(64, 32, 2, alpha=1, seed=5)})
+
+    assert merged([(path, 1.0)], tmp_path / "one.safetensors")[0].modules.keys() == {numbered}
+    assert merged([(path, 1.0), (plain, 1.0)], tmp_path / "both.safetensors")[0].modules.keys() == {TEXT}
+
+
 def test_projections_are_convolutions_for_sd1_and_linear_for_sdxl(tmp_path: Path) -> None:
     for version, ndim in (("sd_v1", 4), ("sdxl_base_v1-0", 2)):
         path = save_kohya(
