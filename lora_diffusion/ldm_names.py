@@ -138,6 +138,11 @@ def vae_to_ldm(name: str, *, levels: int = 4) -> str:
     return re.sub(r"\bup_blocks\.(\d)\.upsamplers\.0\b", lambda m: f"up.{levels - 1 - int(m[1])}.upsample", name)
 
 
+def with_text_model(name: str) -> str:
+    """A module or tensor of a CLIP text encoder with the level that files have and transformers 5 dropped."""
+    return f"text_model.{name}" if name.startswith(("encoder.", "embeddings.", "final_layer_norm.")) else name
+
+
 def openclip_place(name: str) -> Place:
     """Where OpenCLIP keeps a tensor of transformers' CLIP text encoder; `name` with or without "text_model.".
 
@@ -179,8 +184,7 @@ def place_in_single_file(
     if prefix is None:
         raise ValueError(f"a checkpoint of family {family!r} has no part {part!r}")
     if prefix.endswith("transformer."):
-        level = "" if name.startswith(("text_model.", "text_projection.")) else "text_model."
-        return Place(f"{prefix}{level}{name}")
+        return Place(prefix + with_text_model(name))
     place = openclip_place(name)
     return Place(prefix + place.key, place.third, place.is_transposed)
 

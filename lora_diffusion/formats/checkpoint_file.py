@@ -83,8 +83,9 @@ class BaseWeights:
         place = self.layers[name] if name in self.layers else self.others[name]
         if place.dtype not in DTYPES:
             raise BaseFileError(f"{place.file}: {place.key} is stored as {place.dtype}, which cannot be read here.")
+        stored_shape = place.shape[::-1] if place.is_transposed else place.shape
         with place.file.open("rb") as file:
-            tensor = _read_tensor(file, place.begin, place.shape, DTYPES[place.dtype]).to(torch.float32)
+            tensor = _read_tensor(file, place.begin, stored_shape, DTYPES[place.dtype]).to(torch.float32)
         return tensor.T.contiguous() if place.is_transposed else tensor
 
 
@@ -174,7 +175,9 @@ class _Copy:
         """Adds to the layer's rows of `entry`, in place."""
         place = self.base.layers[name]
         rows = entry if place.rows is None else entry[place.rows.start : place.rows.stop]
-        weight = rows.to(torch.float32, copy=True)
+        if place.is_transposed:
+            rows = rows.T
+        weight = rows.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         delta = self.changes[name](weight)
         if delta.shape != weight.shape:
             raise ValueError(f"the change of {name} has shape {tuple(delta.shape)}, its weight {tuple(weight.shape)}")

@@ -14,7 +14,7 @@ from pathlib import Path
 from lora_diffusion.container import Header, TensorInfo
 from lora_diffusion.errors import UserError
 from lora_diffusion.formats.names import kohya_name
-from lora_diffusion.ldm_names import TEXT_ENCODER_PREFIXES, UNET_PREFIX, openclip_place, unet_from_ldm
+from lora_diffusion.ldm_names import TEXT_ENCODER_PREFIXES, UNET_PREFIX, openclip_place, unet_from_ldm, with_text_model
 
 FLOATS = ("F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2")
 
@@ -37,8 +37,9 @@ class BaseFileError(UserError):
 class TensorPlace:
     """Where a tensor is on disk.
 
-    shape: the tensor's own, as stored. dtype: the container's name for it ("F16"). begin: its first byte in the file.
-    rows: which rows of the entry `key` it is, where OpenCLIP stacks q, k and v; None if it is the whole entry.
+    shape: the tensor's own. dtype: the container's name for it ("F16"). begin: its first byte in the file. rows: which
+    rows of the entry `key` it is, where OpenCLIP stacks q, k and v; None if it is the whole entry. is_transposed:
+    whether rows and columns are swapped in the file.
     """
 
     file: Path
@@ -62,7 +63,7 @@ class BaseLayout:
 def layout_of_folder(path: Path, parts: Mapping[str, Mapping[Path, Header]]) -> BaseLayout:
     """The layout of a diffusers folder from the headers of each component's files ("unet", "text_encoder", …)."""
     tensors = {
-        f"{part}.{_level(part, key)}{key}": _place(file, header, key)
+        f"{part}.{key if part == 'unet' else with_text_model(key)}": _place(file, header, key)
         for part, headers in parts.items()
         for file, header in headers.items()
         for key in header.tensors
@@ -81,7 +82,7 @@ def layout_of_checkpoint(path: Path, header: Header) -> BaseLayout:
             continue
         if prefix.endswith("transformer."):
             paths = {key: key.removeprefix(prefix) for key in header.tensors if key.startswith(prefix)}
-            names |= {key: f"{part}.{_level(part, path)}{path}" for key, path in paths.items()}
+            names |= {key: f"{part}.{with_text_model(path)}" for key, path in paths.items()}
             named |= paths.keys()
         else:
             found = _openclip_tensors(path, header, prefix, is_sd2=family == "sd2")
@@ -99,16 +100,19 @@ def _layout(family: str, tensors: Mapping[str, TensorPlace]) -> BaseLayout:
     others: dict[str, TensorPlace] = {}
     for name, place in tensors.items():
         part, _, path = name.partition(".")
-        if part in prefixes and _is_layer(path, place):
+        if part in prefixes and _is_layer(part, path, place):
             layers[kohya_name(prefixes[part], path.removesuffix(".weight"))] = place
         else:
             others[name] = place
     return BaseLayout(family, layers, others)
 
 
-def _is_layer(path: str, place: TensorPlace) -> bool:
-    """Whether it is the weight of a Linear or Conv2d that adapters may change; they leave `text_projection` alone."""
-    is_table = ".embeddings." in path or path.startswith("text_projection.")
+def _is_layer(part: str, path: str, place: TensorPlace) -> bool:
+    """Whether it is the weight of a Linear or Conv2d that adapters may change.
+
+    Of the text projections only that of SDXL's second encoder is one; no model here computes with another.
+    """
+    is_table = ".embeddings." in path or (path.startswith("text_projection.") and part != "text_encoder_2")
     return path.endswith(".weight") and len(place.shape) in (2, 4) and place.dtype in FLOATS and not is_table
 
 
@@ -165,7 +169,7 @@ def _openclip_tensors(file: Path, header: Header, prefix: str, *, is_sd2: bool) 
         info = header.tensors.get(prefix + place.key)
         if info is None:
             continue
-        name = _level("text_encoder", path) + path
+        name = with_text_model(path)
         if place.third is None:
             tensors[name] = _place(file, header, prefix + place.key, is_transposed=place.is_transposed)
         else:
@@ -187,10 +191,5 @@ def _third(file: Path, header: Header, key: str, info: TensorInfo, third: int) -
 def _place(file: Path, header: Header, key: str, *, is_transposed: bool = False) -> TensorPlace:
     info = header.tensors[key]
     begin = header.data_start + info.begin
-    return TensorPlace(file, key, info.shape, info.dtype, begin, is_transposed=is_transposed)
-
-
-def _level(part: str, path: str) -> str:
-    """The level that every adapter file has in text encoders' names, and files and module paths may lack."""
-    is_inside = path.startswith(("encoder.", "embeddings.", "final_layer_norm."))
-    return "text_model." if part != "unet" and is_inside else ""
+    shape = info.shape[::-1] if is_transposed else info.shape
+    return TensorPlace(file, key, shape, info.dtype, begin, is_transposed=is_transposed)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from lora_diffusion.adapters.geometry import ALPHA, DORA_SCALE, DOWN, UP
-from lora_diffusion.ldm_names import unet_from_ldm, unet_to_ldm
+from lora_diffusion.ldm_names import unet_from_ldm, unet_to_ldm, with_text_model
 
 PEFT_PREFIXES = {
     "lora_unet": "unet",
@@ -27,6 +27,7 @@ SEGMENTS = (
     *("input_blocks", "middle_block", "output_blocks", "in_layers", "out_layers", "emb_layers", "skip_connection"),
     *("op", "time_embed", "label_emb", "out"),
     *("text_model", "encoder", "layers", "self_attn", "q_proj", "k_proj", "v_proj", "out_proj", "mlp", "fc1", "fc2"),
+    "text_projection",
 )
 """The steps of a module path below a UNet or CLIP text encoder, in names of diffusers, transformers and LDM; numbers
 come on top."""
@@ -133,8 +134,8 @@ def from_peft_key(key: str, *, two_encoders: bool = False) -> tuple[str, str] | 
     if component is None:
         return None
     prefix = {"unet": "lora_unet", "text_encoder": "lora_te1" if two_encoders else "lora_te"}.get(component, "lora_te2")
-    if component != "unet" and not path.startswith("text_model."):
-        path = f"text_model.{path}"  # transformers 5 module paths lack a level that every reader of kohya files expects
+    if component != "unet":
+        path = with_text_model(path)
     part = ALPHA if tensor == ALPHA else {"A": DOWN, "B": UP}.get(tensor.removeprefix("lora_")[0], DORA_SCALE)
     return kohya_name(prefix, path), part
 

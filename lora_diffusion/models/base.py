@@ -80,14 +80,11 @@ Rename = Callable[[str], str]
 class Part:
     """A component that adapters can go into, and what its modules are called in adapter files.
 
-    file_prefix: "lora_unet", "lora_te". file_root: a level that files have and module paths may lack, such as the
-    "text_model." that transformers 5 dropped from CLIP. rename: from a rooted path to the path in files, where they
-    differ.
+    file_prefix: "lora_unet", "lora_te". rename: from a module path to the path in files, where they differ.
     """
 
     module: nn.Module
     file_prefix: str
-    file_root: str = ""
     rename: Rename | None = None
 
     def file_name(self, path: str) -> str:
@@ -95,8 +92,7 @@ class Part:
 
         Raises ValueError for what is no layer, if files have other names than modules.
         """
-        rooted = path if path.startswith(self.file_root) else self.file_root + path
-        return f"{self.file_prefix}_{self.rename(rooted) if self.rename else rooted}".replace(".", "_")
+        return f"{self.file_prefix}_{self.rename(path) if self.rename else path}".replace(".", "_")
 
 
 class DiffusionModel(nn.Module, ABC):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_diffusion.ldm_names import with_text_model
 from lora_diffusion.models import clip
 from lora_diffusion.models.base import Conditioning, DiffusionModel, Part
 from lora_diffusion.models.libraries import AutoencoderKL, CLIPTextModel, CLIPTokenizer, UNet2DConditionModel
@@ -35,7 +36,7 @@ class OneEncoderModel(DiffusionModel):
     def parts(self) -> dict[str, Part]:
         return {
             "unet": Part(self.unet, "lora_unet"),
-            "text_encoder": Part(self.text_encoder, "lora_te", "text_model."),
+            "text_encoder": Part(self.text_encoder, "lora_te", with_text_model),
         }
 
     def hash_text_encoder(self) -> str:

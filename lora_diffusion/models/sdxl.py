@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_diffusion.ldm_names import with_text_model
 from lora_diffusion.models import clip
 from lora_diffusion.models.base import Conditioning, DiffusionModel, Part
 from lora_diffusion.models.errors import ModelError
@@ -52,9 +53,9 @@ class SDXL(DiffusionModel):
     def parts(self) -> dict[str, Part]:
         """Files name the UNet's layers as the original code does: "lora_unet_input_blocks_4_1_proj_in"."""
         return {
-            "unet": Part(self.unet, "lora_unet", rename=self.unet_to_ldm),
-            "text_encoder": Part(self.text_encoder, "lora_te1", "text_model."),
-            "text_encoder_2": Part(self.text_encoder_2, "lora_te2", "text_model."),
+            "unet": Part(self.unet, "lora_unet", self.unet_to_ldm),
+            "text_encoder": Part(self.text_encoder, "lora_te1", with_text_model),
+            "text_encoder_2": Part(self.text_encoder_2, "lora_te2", with_text_model),
         }
 
     @property

@@ -228,6 +228,11 @@ def outer_layers(facts: FileFacts) -> Iterator[Finding]:
         yield _without(facts, SD_SCRIPTS, names, "it leaves out the layers before and after the blocks")
 
 
+def text_projections(facts: FileFacts) -> Iterator[Finding]:
+    if facts.format == "kohya" and (names := [name for name in facts.keys if name.endswith("_text_projection")]):
+        yield _without(facts, SD_SCRIPTS, names, "it leaves out the projection at the end of a text encoder")
+
+
 def tensors_of_no_module(facts: FileFacts) -> Iterator[Finding]:
     if facts.unread:
         reason = f"there are {len(facts.unread)} tensors of no module, such as {facts.unread[0][:60]}"
@@ -263,6 +268,7 @@ RULES: tuple[Callable[[FileFacts], Iterable[Finding]], ...] = (
     prefix_of_the_text_encoder,
     text_encoder_without_text_model,
     outer_layers,
+    text_projections,
     tensors_of_no_module,
     lycoris_prefix,
 )

@@ -169,6 +169,19 @@ def test_q_and_v_of_a_stacked_text_encoder_change_and_k_does_not(tmp_path: Path)
     assert not change_in(source, tmp_path / "out.safetensors", f"{stem}k_proj").any()
 
 
+def test_a_text_projection_changes_though_openclip_keeps_it_transposed(tmp_path: Path) -> None:
+    source, name = tmp_path / "sdxl.safetensors", "lora_te2_text_projection"
+    torch.manual_seed(0)
+    save_file(sdxl_like(), source)
+    module = lora(5, 6, 2, alpha=1, seed=1)
+    path = save_kohya(tmp_path / "a.safetensors", {name: module})
+    bake_adapters(source, [(path, 1.0)], tmp_path / "out.safetensors")
+
+    assert relative(change_in(source, tmp_path / "out.safetensors", name), dense(module)) < 3 * FLOAT32
+    before, after = raw(source), raw(tmp_path / "out.safetensors")
+    assert [key for key in before if before[key] != after[key]] == ["conditioner.embedders.1.model.text_projection"]
+
+
 def test_the_report_tells_what_bfloat16_loses(
     tiny_sd1: Path, adapters: list[tuple[Path, float]], tmp_path: Path
 ) -> None:

@@ -278,11 +278,13 @@ def test_layers_of_sd2_and_sdxl_have_the_names_of_adapter_files(tmp_path: Path) 
     assert sd2.layers.keys() == unet | {f"lora_te_{name}" for name in layers[0]}  # the 24th layer is not used
     te1 = {"lora_te1_text_model_encoder_layers_0_self_attn_q_proj"}
     te2 = {f"lora_te2_{name}" for name in layers[0] | layers[1]}
-    assert sdxl.layers.keys() == unet | te1 | te2 | {"lora_unet_add_embedding_linear_1"}
+    assert sdxl.layers.keys() == unet | te1 | te2 | {"lora_unet_add_embedding_linear_1", "lora_te2_text_projection"}
     assert {"v_pred", "first_stage_model.decoder.conv_in.weight", "unet.conv_in.bias"} <= sdxl.others.keys()
     assert "text_encoder_2.text_model.encoder.layers.0.self_attn.k_proj.bias" in sdxl.others
     projection = load_file(tmp_path / "sdxl.safetensors")["conditioner.embedders.1.model.text_projection"]
-    assert torch.equal(sdxl.read("text_encoder_2.text_projection.weight"), projection.T)
+    assert torch.equal(sdxl.read("lora_te2_text_projection"), projection.T)
+    assert sdxl.layers["lora_te2_text_projection"].shape == (5, 6)
+    assert "text_encoder.text_projection.weight" in sd2.others, "which no part of SD 2.x reads"
     assert sdxl.read("text_encoder.text_model.embeddings.position_ids").tolist() == [[0, 1, 2, 3, 4, 5, 6]]
 
 

@@ -16,6 +16,7 @@ from lora_diffusion.formats.names import (
     peft_name,
     split_kohya_name,
 )
+from lora_diffusion.ldm_names import with_text_model
 from lora_diffusion.models.base import Part
 from tests.reference import make_other_kohya_keys as other
 from tests.sd15 import make_text_encoder, make_unet
@@ -27,7 +28,7 @@ CONVOLUTIONS = ("_resnets_", "_downsamplers_", "_upsamplers_")
 @pytest.fixture(scope="module")
 def parts() -> dict[str, Part]:
     unet = Part(make_unet(), "lora_unet")
-    return {"unet": unet, "text_encoder": Part(make_text_encoder(), "lora_te", file_root="text_model.")}
+    return {"unet": unet, "text_encoder": Part(make_text_encoder(), "lora_te", rename=with_text_model)}
 
 
 def our_names(part: Part, targets: str) -> set[str]:
@@ -59,10 +60,17 @@ def test_attention_names_are_the_128_projections_of_the_unet(parts: dict[str, Pa
 
 
 def test_text_model_level_is_in_the_name_whether_or_not_the_module_has_it() -> None:
-    part = Part(nn.Module(), "lora_te", file_root="text_model.")
+    part = Part(nn.Module(), "lora_te", rename=with_text_model)
     expected = "lora_te_text_model_encoder_layers_0_mlp_fc1"
     assert part.file_name("encoder.layers.0.mlp.fc1") == expected
     assert part.file_name("text_model.encoder.layers.0.mlp.fc1") == expected
+
+
+def test_a_text_projection_lies_beside_the_text_model(sdxl_parts: dict[str, Part]) -> None:
+    name = "lora_te2_text_projection"
+    assert sdxl_parts["text_encoder_2"].file_name("text_projection") == name
+    assert peft_name(name) == "text_encoder_2.text_projection"
+    assert from_peft_key(f"{peft_name(name)}.lora_B.weight", two_encoders=True) == (name, "lora_up.weight")
 
 
 def test_every_published_name_splits_into_a_path_that_gives_it_back() -> None:
@@ -157,7 +165,7 @@ def our_names_for(family: str, parts: dict[str, Part], targets: str) -> set[str]
 def test_names_for_sd_2_1_are_the_published_ones() -> None:
     parts = {
         "unet": Part(other.make_unet(other.SD21_UNET), "lora_unet"),
-        "text_encoder": Part(other.make_text_encoder(other.CLIP_H), "lora_te", file_root="text_model."),
+        "text_encoder": Part(other.make_text_encoder(other.CLIP_H), "lora_te", rename=with_text_model),
     }
     expected = published("sd21")
     assert len(expected) == len(set(expected)) == 278 + 138
@@ -171,8 +179,8 @@ def sdxl_parts() -> dict[str, Part]:
     second = other.make_text_encoder(other.CLIP_G, projects=True)
     return {
         "unet": Part(other.make_unet(other.SDXL_UNET), "lora_unet"),
-        "text_encoder": Part(other.make_text_encoder(other.CLIP_L), "lora_te1", file_root="text_model."),
-        "text_encoder_2": Part(second, "lora_te2", file_root="text_model."),
+        "text_encoder": Part(other.make_text_encoder(other.CLIP_L), "lora_te1", rename=with_text_model),
+        "text_encoder_2": Part(second, "lora_te2", rename=with_text_model),
     }
 
 

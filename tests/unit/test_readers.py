@@ -169,6 +169,13 @@ def test_sd_scripts_leaves_out_the_outer_layers(tmp_path: Path) -> None:
     assert verdicts(found) == {SD_SCRIPTS: "in part"}
 
 
+def test_sd_scripts_leaves_out_text_projections(tmp_path: Path) -> None:
+    found = facts(tmp_path, sdxl_modules(ldm=True) | {"lora_te2_text_projection": lora(8, 8)}, SDXL)
+
+    assert verdicts(found)[SD_SCRIPTS] == "in part"
+    assert "(1 of 6 modules)" in what_readers_do(found)[SD_SCRIPTS].reasons[0]
+
+
 @pytest.mark.parametrize(("count", "forge"), [(1, {}), (13, {FORGE: "refuses it"})])
 def test_tensors_of_no_module_make_diffusers_refuse(tmp_path: Path, count: int, forge: dict[str, str]) -> None:
     extra = {f"step{i}": torch.zeros(1) for i in range(count)}
@@ -244,4 +251,4 @@ def test_the_worst_verdict_counts_and_all_reasons_are_told(tmp_path: Path) -> No
 
 
 def test_every_rule_is_asked() -> None:
-    assert len(RULES) == len(set(RULES)) == 19
+    assert len(RULES) == len(set(RULES)) == 20

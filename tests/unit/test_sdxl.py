@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from lora_diffusion.adapters.inject import select_layers
+from lora_diffusion.formats.adapter_file import AdapterFile
+from lora_diffusion.formats.checkpoint_file import BaseWeights
+from lora_diffusion.formats.names import canonical_name
 from lora_diffusion.models.base import Conditioning, ModelError, size_numbers
 from lora_diffusion.models.load import load_model
 from lora_diffusion.models.sdxl import SDXL
@@ -26,6 +31,10 @@ def model(folder: Path) -> SDXL:
     model = load_model(folder)
     assert isinstance(model, SDXL)
     return model
+
+
+def layers_of(module: nn.Module) -> list[str]:
+    return [path for path, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
 
 
 @pytest.mark.parametrize(
@@ -45,6 +54,25 @@ def test_the_projection_of_the_second_encoder_is_no_target(model: SDXL) -> None:
     layers = select_layers(model.text_encoder_2, "full")
     assert len(layers) == 3 * 6
     assert not any("text_projection" in path for path in layers)
+
+
+@pytest.mark.parametrize("format", ["kohya", "peft"])
+def test_an_adapter_of_the_projection_finds_it(model: SDXL, tmp_path: Path, format: Literal["kohya", "peft"]) -> None:
+    layer = model.text_encoder_2.text_projection
+    parts = {"lora_down.weight": torch.ones(2, layer.in_features), "lora_up.weight": torch.ones(layer.out_features, 2)}
+    file = AdapterFile({"lora_te2_text_projection": parts | {"alpha": torch.tensor(1.0)}}, family="sdxl")
+    file.write(tmp_path / "a.safetensors", format=format)
+    (match,) = AdapterFile.read(tmp_path / "a.safetensors").attach(model.parts).matches
+    assert (match.part, match.path) == ("text_encoder_2", "text_projection")
+    assert match.layer is layer
+
+
+def test_a_folders_layers_are_those_that_an_adapter_of_the_model_finds(folder: Path, model: SDXL) -> None:
+    layers = BaseWeights.open(folder).layers
+    weight = model.text_encoder_2.text_projection.weight
+    assert torch.equal(BaseWeights.open(folder).read("lora_te2_text_projection"), weight)
+    names = {canonical_name(part.file_name(path)) for part in model.parts.values() for path in layers_of(part.module)}
+    assert layers.keys() == names
 
 
 def test_the_pooled_vector_is_that_of_the_first_chunk(model: SDXL) -> None:
