@@ -26,6 +26,7 @@ _OPENCLIP_TOP = (
     *("embeddings.token_embedding.weight", "embeddings.position_embedding.weight"),
     *("final_layer_norm.weight", "final_layer_norm.bias", "text_projection.weight"),
 )
+_REFINER_WIDTH = 1280  # it sees one text encoder only, SDXL's base both: 2048
 _SD2_UNUSED_LAYER = 23  # SD 2.x reads the last layer but one of 24, so diffusers folders have no 24th
 
 
@@ -132,6 +133,8 @@ def _family(path: Path, tensors: Mapping[str, TensorPlace]) -> str:
             "base."
         )
     if "add_embedding.linear_1.weight" in shapes:
+        if max(widths) == _REFINER_WIDTH:
+            raise BaseFileError(f"{path}: is the SDXL refiner, which no adapter is made for. Give an SDXL base.")
         return "sdxl"
     has_linear_projections = any(
         name.endswith("attentions.0.proj_in.weight") and len(shape) == 2 for name, shape in shapes.items()

@@ -18,8 +18,9 @@ from lora_diffusion.formats.checkpoint_layout import BaseFileError
 from lora_diffusion.formats.families import FAMILY_NAMES
 from lora_diffusion.progress import Track, silent
 from lora_diffusion.tools.low_rank import rank_for_energy, relative_error, svd_of_matrix, truncate
+from lora_diffusion.tools.outputs import check_output
 from lora_diffusion.tools.plain_lora import PARTS, Factors, dotted_name, is_adaptable, part_of, plain_modules
-from lora_diffusion.tools.result_file import check_output, model_name, resolve_precision, result_metadata
+from lora_diffusion.tools.result_file import model_name, resolve_precision, result_metadata
 
 
 @dataclass(frozen=True)

@@ -30,14 +30,9 @@ from lora_diffusion.tools.low_rank import (
     truncate,
 )
 from lora_diffusion.tools.on_base import change_of, layers_in_base
+from lora_diffusion.tools.outputs import check_output
 from lora_diffusion.tools.plain_lora import Factors, kernel_of, plain_modules, rounding_error
-from lora_diffusion.tools.result_file import (
-    check_output,
-    model_name,
-    resolve_format,
-    resolve_precision,
-    result_metadata,
-)
+from lora_diffusion.tools.result_file import model_name, resolve_format, resolve_precision, result_metadata
 
 METHODS = ("concat", "svd", "ties", "dare")
 DEFAULT_DENSITY = 0.5
@@ -200,8 +195,10 @@ def _check_inputs(files: Sequence[tuple[AdapterFile, float]], settings: MergeSet
             if name in changes:
                 _check_same_layer(name, file, geometry, owners[name], changes[name][0].geometry)
             factor = block_factor(settings.block_weights, number, name)
-            kernel = kernel_of(name, parts, geometry.inputs, family)
-            kernels[name] = tuple(base.layers[name].shape[2:]) if base else (kernels.get(name) or kernel)
+            if base:
+                kernels[name] = base.layers[name].shape[2:]
+            else:
+                kernels[name] = kernels.get(name) or kernel_of(file, own_name, family)
             owners.setdefault(name, file)
             changes.setdefault(name, []).append(_Change(parts, geometry, weight * factor))
     used = {name: kept for name, all_ in changes.items() if (kept := [change for change in all_ if change.weight])}

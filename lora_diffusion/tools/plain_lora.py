@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from lora_diffusion.adapters.geometry import ALPHA, DOWN, MID, UP
+from lora_diffusion.errors import UserError
+from lora_diffusion.formats.adapter_file import AdapterFile
 from lora_diffusion.formats.names import peft_name, split_kohya_name
 from lora_diffusion.tools.deltas import balanced
 from lora_diffusion.tools.low_rank import frobenius_norm_of_factors
@@ -19,7 +21,7 @@ Factors = tuple[Tensor, Tensor]
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 
-_WIDE_KERNEL = re.compile(r"_resnets_\d+_conv[12]$|samplers_\d+_conv$")
+_WIDE_KERNEL = re.compile(r"_resnets_\d+_conv[12]$|samplers_\d+_conv$|lora_unet_conv_(?:in|out)$")
 _PROJECTION = re.compile(r"lora_unet_\w+_attentions_\d+_proj_(?:in|out)$")
 _TEXT_PREFIXES = ("lora_te_", "lora_te1_", "lora_te2_")
 
@@ -49,22 +51,28 @@ def plain_modules(
     return modules
 
 
-def kernel_of(name: str, parts: Mapping[str, Tensor], inputs: int, family: str) -> tuple[int, ...]:
-    """The kernel of the layer that a module was made for, () for a linear one.
+def kernel_of(file: AdapterFile, name: str, family: str = "") -> tuple[int, ...]:
+    """The kernel of the layer that a module of the file was made for, () for a linear one.
 
-    inputs: columns of the weight with the kernel flattened into them. family: "" if unknown.
-
-    Some kinds flatten it away. Then the name tells, and for the projections around a transformer the family: they are
-    1x1 convolutions in SD 1.x, and linear in SD 2.x and SDXL.
+    family: of the model, where the file itself shows none. The shapes tell where the kind keeps them. LoHa and LoKr may
+    flatten the kernel away: then the name tells, and for the projections around a transformer the family: they are 1x1
+    convolutions in SD 1.x, and linear in SD 2.x and SDXL. Raises UserError for columns that are no such kernel.
     """
-    for part in (MID, "hada_t1", "lokr_t2", "lokr_w2", DOWN):
+    parts, inputs = file.modules[name], file.geometries[name].inputs
+    for part in (MID, "hada_t1", "lokr_t2", "lokr_w2"):
         if part in parts and parts[part].ndim == 4:
             return tuple(parts[part].shape[2:])
-    if _WIDE_KERNEL.search(name) and inputs % 9 == 0:
+    if DOWN in parts:
+        return tuple(parts[DOWN].shape[2:])
+    if _WIDE_KERNEL.search(name):
+        if inputs % 9:
+            raise UserError(
+                f"{file.path}: {name} should be a 3x3 convolution, but its {inputs} columns are no multiple of 9. The "
+                "file is for a model that this version does not know."
+            )
         return (3, 3)
-    if name.endswith("_conv_shortcut") or (_PROJECTION.match(name) and family in ("sd1", "")):
-        return (1, 1)
-    return ()
+    is_projection = _PROJECTION.match(name) is not None and (file.family or family) in ("sd1", "")
+    return (1, 1) if is_projection or name.endswith("_conv_shortcut") else ()
 
 
 def dotted_name(name: str) -> str:

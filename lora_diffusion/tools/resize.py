@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor
 
 from lora_diffusion.adapters.geometry import ALPHA, DOWN, UP, Geometry
-from lora_diffusion.adapters.lora import whole_down
 from lora_diffusion.errors import UserError
 from lora_diffusion.formats.adapter_file import AdapterFile
 from lora_diffusion.progress import Track, silent
@@ -27,11 +27,8 @@ from lora_diffusion.tools.low_rank import (
     truncate,
 )
 from lora_diffusion.tools.outputs import check_output
-
-MADE_BY = "lora_diffusion.made_by"
-"""Metadata key of files that a tool made: the command, without folders."""
-
-_THREE_BY_THREE = ("_conv1", "_conv2", "_downsamplers_0_conv", "_upsamplers_0_conv", "_conv_in", "_conv_out")
+from lora_diffusion.tools.plain_lora import kernel_of
+from lora_diffusion.tools.result_file import MADE_BY, model_name
 
 
 @dataclass(frozen=True)
@@ -89,10 +86,10 @@ def resize_file(
         shorter[name] = shorten(change_in(file, name), limit, energy)
     alpha = float(Counter(down.shape[0] for _, down in shorter.values()).most_common(1)[0][0])
     modules = {name: _as_lora(factors, kernels[name], alpha, dtype) for name, factors in shorter.items()}
-    request = f"--rank {rank}" if energy is None else f"--energy {energy:g}"
-    request += f" --conv-rank {conv_rank}" if conv_rank is not None else ""
-    name = source.name.encode(errors="replace").decode()  # readers refuse a header with half a character
-    metadata = {**file.metadata, MADE_BY: f"resize {request} of {name}"}
+    optional = {"rank": rank, "energy": energy, "conv_rank": conv_rank}
+    record = {"command": "resize", "adapter": model_name(source)}
+    record |= {key: value for key, value in optional.items() if value is not None}
+    metadata = {**file.metadata, MADE_BY: json.dumps(record)}
     resized = AdapterFile(modules, metadata, family=file.family, path=target)
     resized.write(target, dtype=dtype)
     report, error = _compare(file, resized, track)
@@ -106,32 +103,6 @@ def shorten(factors: Factors, rank: int | None, energy: float | None) -> Factors
     if rank is None:
         rank = rank_for_energy(s, 1.0 if energy is None else energy)
     return truncate(u, s, vh, min(rank, max(1, int((s > 0).sum()))))
-
-
-def kernel_of(file: AdapterFile, name: str) -> tuple[int, ...]:
-    """The kernel of a module's layer, (k, k), or () for a linear layer.
-
-    From the shapes where they show it, for the flat factors of LoHa and LoKr from the name and the family.
-    """
-    parts = file.modules[name]
-    if DOWN in parts:
-        return tuple(whole_down(parts).shape[2:])
-    for part in ("hada_t1", "lokr_t2", "lokr_w2"):
-        if part in parts and parts[part].ndim == 4:
-            return tuple(parts[part].shape[2:])
-    if name.endswith(_THREE_BY_THREE):
-        if file.geometries[name].inputs % 9:
-            inputs = file.geometries[name].inputs
-            raise UserError(
-                f"{file.path}: {name} should be a 3x3 convolution, but its {inputs} columns are no multiple of 9. The "
-                "file is for a model that this version does not know."
-            )
-        return (3, 3)
-    has_linear_projections = file.family in ("sd2", "sdxl")
-    is_convolution = name.endswith("_conv_shortcut") or (
-        name.endswith(("_proj_in", "_proj_out")) and not has_linear_projections
-    )
-    return (1, 1) if is_convolution else ()
 
 
 def _as_lora(factors: Factors, kernel: Sequence[int], alpha: float, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What tools decide about an adapter file they make: whether it may be written, its precision, its metadata."""
+"""What tools decide about an adapter file they make: its precision, its metadata."""
 
 from __future__ import annotations
 
@@ -24,18 +24,6 @@ _ABOUT_BASE = (
     *("ss_base_model_version", "ss_sd_model_name", "ss_sd_model_hash", "ss_new_sd_model_hash"),
     *("modelspec.architecture", "modelspec.resolution", "modelspec.prediction_type", "modelspec.encoder_layer"),
 )
-
-
-def check_output(out: Path, inputs: Collection[Path], *, overwrite: bool) -> None:
-    """Raises UserError if an adapter file must not or cannot be written there."""
-    if out.suffix != ".safetensors" or out.is_dir():
-        raise UserError(f"{out}: the result is a file whose name ends in .safetensors. Give such a name.")
-    if not out.parent.is_dir():
-        raise UserError(f"{out}: the folder {out.parent} does not exist. Create it first.")
-    if any(path.exists() and out.exists() and out.samefile(path) for path in inputs):
-        raise UserError(f"{out}: is one of the inputs, which are never changed. Give another name.")
-    if out.exists() and not overwrite:
-        raise UserError(f"{out}: exists already. Give another name, or --overwrite to replace it.")
 
 
 def model_name(path: Path) -> str:

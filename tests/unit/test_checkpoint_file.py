@@ -288,6 +288,13 @@ def test_layers_of_sd2_and_sdxl_have_the_names_of_adapter_files(tmp_path: Path) 
     assert sdxl.read("text_encoder.text_model.embeddings.position_ids").tolist() == [[0, 1, 2, 3, 4, 5, 6]]
 
 
+def test_the_sdxl_refiner_is_no_base(tmp_path: Path) -> None:
+    tensors = unet_like(1280, linear=True) | {"model.diffusion_model.label_emb.0.0.weight": torch.randn(8, 12)}
+    save_file(tensors, tmp_path / "refiner.safetensors")
+    with pytest.raises(BaseFileError, match="is the SDXL refiner"):
+        BaseWeights.open(tmp_path / "refiner.safetensors")
+
+
 def test_a_hub_snapshot_of_links_becomes_a_folder_of_files(tiny_sd1: Path, tmp_path: Path) -> None:
     snapshot, blobs, out = tmp_path / "snapshot", tmp_path / "blobs", tmp_path / "out"
     blobs.mkdir()

@@ -334,6 +334,14 @@ def test_projections_are_convolutions_for_sd1_and_linear_for_sdxl(tmp_path: Path
         assert file.modules[PROJ_IN]["lora_down.weight"].ndim == ndim
 
 
+def test_matrices_stay_matrices_where_no_family_is_known(tmp_path: Path) -> None:
+    name = "lora_unet_input_blocks_4_1_proj_in"
+    path = save_kohya(tmp_path / "a.safetensors", {name: lora(8, 8, 2, alpha=1, seed=1)})
+    file, _ = merged([(path, 1.0)], tmp_path / "out.safetensors")
+
+    assert {parts["lora_down.weight"].ndim for parts in file.modules.values()} == {2}
+
+
 def dora(folder: Path, base: Path) -> tuple[Path, Tensor]:
     """A DoRA of one layer of a tiny base, and its ΔW there."""
     weight = BaseWeights.open(base).read(TINY_TO_Q)
@@ -456,11 +464,11 @@ def test_an_input_is_never_overwritten_and_another_file_only_when_told(tmp_path:
     (tmp_path / "link.safetensors").symlink_to(path)
     out.write_bytes(b"precious")
     for target, overwrite, message in (
-        (path, True, "is one of the inputs"),
-        (tmp_path / "link.safetensors", True, "is one of the inputs"),
-        (out, False, "exists already"),
-        (tmp_path / "out.ckpt", False, r"ends in .safetensors"),
-        (tmp_path / "none" / "out.safetensors", False, "does not exist"),
+        (path, True, "this is the input"),
+        (tmp_path / "link.safetensors", True, "this is the input"),
+        (out, False, "of this name already"),
+        (tmp_path / "out.ckpt", False, r"should end in .safetensors"),
+        (tmp_path / "none" / "out.safetensors", False, "there is no folder"),
     ):
         with pytest.raises(UserError, match=message):
             merge_adapters([(path, 1.0)], target, MergeSettings(), overwrite=overwrite)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from lora_diffusion.errors import UserError
 from lora_diffusion.formats.adapter_file import AdapterFile
 from lora_diffusion.tools.convert import with_usual_names
 from lora_diffusion.tools.deltas import delta_of
-from lora_diffusion.tools.resize import kernel_of, resize_file
+from lora_diffusion.tools.plain_lora import kernel_of
+from lora_diffusion.tools.resize import resize_file
 from tests.adapter_parts import (
     CONV,
     PROJ_IN,
@@ -210,7 +212,7 @@ def test_the_file_says_how_it_was_made_and_keeps_what_was_said(tmp_path: Path) -
     resize_file(source, tmp_path / "b.safetensors", rank=3)
     metadata = read_header(tmp_path / "b.safetensors").metadata
 
-    assert metadata["lora_diffusion.made_by"] == "resize --rank 3 of a.safetensors"
+    assert json.loads(metadata["lora_diffusion.made_by"]) == {"command": "resize", "adapter": "a", "rank": 3}
     assert metadata["ss_output_name"] == "ink"
     assert metadata["ss_network_module"] == "networks.lora"
     assert metadata["ss_network_dim"] == "3"
