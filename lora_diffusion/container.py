@@ -120,9 +120,22 @@ def with_metadata(data: bytes, metadata: Mapping[str, str]) -> bytes:
     start = 8 + int.from_bytes(data[:8], "little")
     entries = json.loads(data[8:start])
     entries.pop("__metadata__", None)
+    return _header_bytes(entries, metadata) + data[start:]
+
+
+def header_bytes(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
+    """What a file of these tensors begins with, up to the first tensor's bytes; metadata in the order of the keys."""
+    entries = {
+        name: {"dtype": info.dtype, "shape": info.shape, "data_offsets": (info.begin, info.end)}
+        for name, info in tensors.items()
+    }
+    return _header_bytes(entries, metadata)
+
+
+def _header_bytes(entries: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:
     header = json.dumps({"__metadata__": dict(sorted(metadata.items())), **entries}, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # keeps the tensors aligned
-    return len(header).to_bytes(8, "little") + header + data[start:]
+    return len(header).to_bytes(8, "little") + header
 
 
 def _open_without_waiting(path: str, flags: int) -> int:

@@ -6,32 +6,43 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 CHUNK_BYTES = 1 << 20
 
 
-def write_bytes_atomically(path: Path, data: bytes) -> None:
-    """Replace `path` with `data`: a reader sees the old content or the new, also after a crash or power loss.
+@contextmanager
+def replacement_of(path: Path) -> Iterator[Path]:
+    """An empty file to write to, which takes the place of `path` at the end of the block.
 
-    The temporary file lies in the same folder, so a full disk leaves the old file untouched. A new file's
-    permissions are those any program would give it (by umask); an existing file keeps its own.
+    A reader sees the old content or the new, also after a crash or power loss; if the block raises, the old stays. The
+    temporary file lies in the same folder, so a full disk leaves the old file untouched. A new file's permissions are
+    those any program would give it (by umask); an existing file keeps its own.
     Raises OSError, with no temporary file left behind, if the disk is full or the folder cannot be written.
     """
     path = Path(os.path.realpath(path))  # a link is followed, not replaced
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=".tmp")
     temporary = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            yield temporary
+            os.fsync(handle)
+        finally:
+            os.close(handle)
         temporary.chmod(_mode_for(path))
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def write_bytes_atomically(path: Path, data: bytes) -> None:
+    """Replace `path` with `data` as `replacement_of` does."""
+    with replacement_of(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def write_text_atomically(path: Path, text: str) -> None:

@@ -11,26 +11,28 @@ from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from lora_diffusion.adapters.base import Adapter, Layer
 from lora_diffusion.adapters.fitting import layer_size
 from lora_diffusion.adapters.geometry import ALPHA, DORA_SCALE, DOWN, LOHA, LOKR, UP, Geometry, geometry_of
 from lora_diffusion.adapters.stack import AdapterStack
-from lora_diffusion.container import ContainerError, Header, read_header, with_metadata
+from lora_diffusion.container import ContainerError, Header, read_header
 from lora_diffusion.errors import RunError
-from lora_diffusion.files import write_bytes_atomically
+from lora_diffusion.files import replacement_of
 from lora_diffusion.formats.families import made_for
 from lora_diffusion.formats.layout import AdapterFileError, Format, Layout, layout_of, magnitude_shape
-from lora_diffusion.formats.metadata import legacy_hash, network_metadata, tensor_hash
+from lora_diffusion.formats.metadata import hash_of_pieces, legacy_hash, network_metadata
 from lora_diffusion.formats.names import canonical_name, name_in_file, usual_name
-from lora_diffusion.formats.peft_file import peft_alphas, peft_metadata, peft_tensors
+from lora_diffusion.formats.peft_file import MAGNITUDES, peft_alphas, peft_metadata, peft_tensors
+from lora_diffusion.formats.tensor_file import TensorFile
 
 Modules = Mapping[str, Mapping[str, Tensor]]
 
-_EXACT = (ALPHA, DORA_SCALE)
-"""Parts that are always written as float32: rounding one would change the whole of a layer, not just the change."""
+_EXACT = (ALPHA, DORA_SCALE, MAGNITUDES)
+"""How the keys end of what is always written as float32: rounding it would change the whole of a layer, not just the
+change."""
 
 
 class FilePart(Protocol):
@@ -86,7 +88,11 @@ class AdapterFile:
         except ContainerError as error:
             raise AdapterFileError(str(error)) from error
         layout = layout_of(path, header)
-        tensors = _read_tensors(path, header)
+        return cls._of(path, header, layout, _read_tensors(path, header))
+
+    @classmethod
+    def _of(cls, path: Path, header: Header, layout: Layout, tensors: Mapping[str, Tensor]) -> AdapterFile:
+        """What a file with this header and these tensors means. Raises AdapterFileError like `read`."""
         alphas = {name: tensors[keys[ALPHA]].item() for name, keys in layout.modules.items() if ALPHA in keys}
         ranks = {name: geometry.rank for name, geometry in layout.geometries.items() if name not in alphas}
         if layout.format == "peft":
@@ -126,35 +132,43 @@ class AdapterFile:
         return cls(_with_one_alpha_per_component(modules), metadata or {}, family=family)
 
     def write(self, path: Path, *, format: Format = "kohya", dtype: torch.dtype | None = torch.float16) -> None:
-        """Replaces `path` atomically, then reads it back and compares.
+        """Replaces `path` atomically, after it has read back what is to be there and compared.
 
-        dtype: of all weights; None leaves each as it is. alpha is float32 always. format: "peft" is for diffusers 0.34
-        or newer; it says alpha in its metadata, and only has LoRA and DoRA with magnitudes per output. Raises
-        AdapterFileError if it cannot hold this adapter, RunError if a value does not fit `dtype`, if the disk is full,
-        or if the file reads back differently.
+        dtype: of all weights; None leaves each as it is. alpha and the magnitudes of a DoRA are float32 always. format:
+        "peft" is for diffusers 0.34 or newer; it says alpha in its metadata, and only has LoRA and DoRA with magnitudes
+        per output. Raises AdapterFileError if it cannot hold this adapter, RunError if a value does not fit `dtype`, if
+        the disk is full, or if what was written reads back differently; what was at `path` is still there then.
         """
-        tensors = self._tensors(format, dtype)
-        for key, tensor in tensors.items():
+        content = TensorFile(self._tensors(format, dtype))
+        for key, tensor in content.tensors.items():
             if not bool(torch.isfinite(tensor).all()):
                 kind = str(tensor.dtype).removeprefix("torch.")
                 raise RunError(
                     f"{path}: {key} is not finite as {kind}, so the adapter was not saved. Lower the learning "
                     "rate if the loss was not finite either, otherwise save as float32."
                 )
-        data = save(tensors)
+        metadata = self._metadata_for(format, content)
         try:
-            write_bytes_atomically(path, with_metadata(data, self._metadata_for(format, data)))
+            with replacement_of(path) as temporary:
+                content.write(temporary, metadata)
+                self._check_written(path, temporary, content)
         except OSError as error:
             raise RunError(f"{path}: the adapter cannot be written ({error.strerror}).") from error
+
+    def _check_written(self, path: Path, temporary: Path, content: TensorFile) -> None:
+        """Raises RunError if the file that is to be at `path` does not hold `content`, or means something else."""
         try:
-            again = AdapterFile.read(path)
-            written = load(path.read_bytes())
-        except (AdapterFileError, OSError) as error:
-            raise RunError(f"{path}: the file was written and cannot be used. {error}") from error
-        if written.keys() != tensors.keys() or not all(torch.equal(written[key], tensors[key]) for key in tensors):
-            raise RunError(f"{path}: the file reads back differently from what was written. Check the disk.")
+            header = read_header(temporary)
+            if not content.is_in(temporary, header):
+                raise RunError(f"{path}: what was written reads back differently and was not kept. Check the disk.")
+            again = AdapterFile._of(path, header, layout_of(path, header), content.tensors)
+        except (AdapterFileError, ContainerError) as error:
+            raise RunError(f"{path}: what was written cannot be used and was not kept. {error}") from error
         if _scales(again) != _scales(self):
-            raise RunError(f"{path}: the file reads back with other strengths. Report this, with the command you used.")
+            raise RunError(
+                f"{path}: what was written reads back with other strengths and was not kept. Report this, with the "
+                "command you used."
+            )
 
     def attach(self, parts: Mapping[str, FilePart]) -> Attachment:
         """Finds the layer each module was made for. Nothing in the model is changed.
@@ -187,16 +201,18 @@ class AdapterFile:
         """What the file holds: key → tensor in `dtype`, or in its own if that is None."""
         if format == "peft":
             tensors = peft_tensors(self.path, self.modules, self.kinds)
-            return {key: tensor.to(dtype or tensor.dtype).contiguous() for key, tensor in tensors.items()}
+        else:
+            tensors = {
+                f"{name_in_file(name, self.family)}.{part}": tensor
+                for name, parts in self.modules.items()
+                for part, tensor in parts.items()
+            }
         return {
-            f"{name_in_file(name, self.family)}.{part}": tensor.to(
-                torch.float32 if part in _EXACT else dtype or tensor.dtype
-            ).clone(memory_format=torch.contiguous_format)
-            for name, parts in self.modules.items()
-            for part, tensor in parts.items()
+            key: tensor.to(torch.float32 if key.endswith(_EXACT) else dtype or tensor.dtype).contiguous()
+            for key, tensor in tensors.items()
         }
 
-    def _metadata_for(self, format: Format, data: bytes) -> dict[str, str]:
+    def _metadata_for(self, format: Format, content: TensorFile) -> dict[str, str]:
         """The given metadata, brought in line with the tensors."""
         own = ("ss_network_", "lora_adapter_metadata", "sshs_", "unet:", "text_encoder:")
         metadata = {key: text for key, text in self.metadata.items() if not key.startswith(own)}
@@ -205,9 +221,9 @@ class AdapterFile:
         else:
             alphas = {name: parts[ALPHA].item() for name, parts in self.modules.items()}
             metadata |= network_metadata(self.geometries, alphas, self.family, self.metadata)
-        hashes = {"sshs_model_hash": tensor_hash(data)}
-        if any(key.startswith("ss_") for key in metadata):
-            hashes["sshs_legacy_hash"] = legacy_hash(data, metadata)
+        hashes = {"sshs_model_hash": hash_of_pieces(content.pieces())}
+        if kept := {key: text for key, text in metadata.items() if key.startswith("ss_")}:
+            hashes["sshs_legacy_hash"] = legacy_hash(content.header(kept), content.pieces())
         return {"format": "pt"} | metadata | hashes
 
     def _wrong_base(self, places: Mapping[str, tuple[str, str, Layer]], name: str, layer: Layer | None = None) -> str:

@@ -8,13 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TypeVar
 
 from lora_diffusion.adapters.geometry import Geometry
-from lora_diffusion.container import with_metadata
 
 V = TypeVar("V")
 
@@ -94,17 +93,28 @@ def build_metadata(facts: TrainingFacts, *, only_minimum: bool = False) -> dict[
 def tensor_hash(data: bytes) -> str:
     """`sshs_model_hash`: sha256 hex of a serialised file after its header, so the same whatever the metadata says."""
     header = int.from_bytes(data[:8], "little")
-    return hashlib.sha256(memoryview(data)[8 + header :]).hexdigest()
+    return hash_of_pieces([memoryview(data)[8 + header :]])
 
 
-def legacy_hash(data: bytes, metadata: Mapping[str, str]) -> str:
+def hash_of_pieces(pieces: Iterable[memoryview]) -> str:
+    """`sshs_model_hash` from the tensors' bytes, in the order of the file."""
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def legacy_hash(header: bytes, pieces: Iterable[memoryview]) -> str:
     """`sshs_legacy_hash`: of 64 KiB at 1 MiB of the file as it would be with the `ss_*` metadata alone.
 
-    Depends on the layout of the header, so only programs that lay it out alike agree; shorter files all have the hash
-    of nothing.
+    header: what that file would begin with. pieces: the tensors' bytes, in the order of the file. Depends on the layout
+    of the header, so only programs that lay it out alike agree; shorter files all have the hash of nothing.
     """
-    kept = {key: text for key, text in metadata.items() if key.startswith("ss_")}
-    return hashlib.sha256(with_metadata(data, kept)[0x100000:0x110000]).hexdigest()[:8]
+    digest, position = hashlib.sha256(), 0
+    for piece in (memoryview(header), *pieces):
+        digest.update(piece[max(0, 0x100000 - position) : max(0, 0x110000 - position)])
+        position += len(piece)
+    return digest.hexdigest()[:8]
 
 
 DIM = "ss_network_dim"

@@ -17,6 +17,7 @@ from lora_diffusion.adapters.lora import whole_down
 from lora_diffusion.formats.layout import AdapterFileError
 from lora_diffusion.formats.names import PEFT_PREFIXES, peft_name, split_kohya_name
 
+MAGNITUDES = "lora_magnitude_vector"
 METADATA_KEY = "lora_adapter_metadata"
 MAX_METADATA_CHARS = 1_000_000
 _ADAPTER_CONFIG = "adapter_config.json"  # beside files that PEFT itself saved
@@ -58,7 +59,7 @@ def peft_tensors(path: Path | None, modules: Modules, kinds: Collection[str]) ->
                     "no PEFT file can hold it. Keep the kohya format."
                 )
             flat = scale.flatten() if scale.ndim == 2 else scale.reshape(1, -1, 1, 1)
-            tensors[f"{module}.lora_magnitude_vector"] = flat
+            tensors[f"{module}.{MAGNITUDES}"] = flat
     return tensors
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import stat
+import tracemalloc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from peft import LoraConfig
 from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
 from lora_diffusion.adapters.inject import inject, select_layers
 from lora_diffusion.adapters.lora import LoRA
+from lora_diffusion.container import with_metadata
 from lora_diffusion.errors import RunError
 from lora_diffusion.formats.adapter_file import AdapterFile, AdapterFileError
 from lora_diffusion.models.load import load_model
@@ -172,6 +174,51 @@ def test_a_value_that_does_not_fit_is_an_error_and_the_old_file_stays(model: SD1
         damaged.write(path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+def test_a_file_that_could_not_be_read_is_not_put_in_place_of_another(model: SD1, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"the old one")
+    foreign = AdapterFile({"layer": next(iter(adapter(model).modules.values()))})
+    with pytest.raises(RunError, match=r"a.safetensors: what was written cannot be used and was not kept"):
+        foreign.write(path)
+    assert path.read_bytes() == b"the old one"
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_tensors_lie_as_the_safetensors_library_lays_them(tmp_path: Path, dtype: torch.dtype) -> None:
+    parts = {"lora_down.weight": torch.rand(2, 6), "lora_up.weight": torch.rand(4, 2), "alpha": torch.tensor(1.0)}
+    names = [f"lora_unet_mid_block_attentions_{i}_proj_in" for i in (10, 2)]
+    AdapterFile(dict.fromkeys(names, parts | {"dora_scale": torch.rand(1, 6)})).write(tmp_path / "a", dtype=dtype)
+    theirs, ours = save(load_file(tmp_path / "a")), (tmp_path / "a").read_bytes()
+    starts = [8 + int.from_bytes(data[:8], "little") for data in (theirs, ours)]
+    assert ours[starts[1] :] == theirs[starts[0] :]
+    tables = [json.loads(data[8:start]) for data, start in zip((theirs, ours), starts, strict=True)]
+    assert list(tables[0].items()) == [item for item in tables[1].items() if item[0] != "__metadata__"]
+
+
+def test_legacy_hash_is_of_64_kib_behind_the_first_mib_of_a_file_with_the_kohya_metadata_alone(tmp_path: Path) -> None:
+    parts = {"lora_down.weight": torch.rand(64, 5000), "lora_up.weight": torch.rand(6000, 64)}
+    modules = {"lora_unet_mid_block_attentions_0_proj_in": parts | {"alpha": torch.tensor(1.0)}}
+    AdapterFile(modules, {"ss_output_name": "ink", "modelspec.title": "Ink"}).write(tmp_path / "a")
+    data, metadata = (tmp_path / "a").read_bytes(), AdapterFile.read(tmp_path / "a").metadata
+    alone = with_metadata(data, {key: text for key, text in metadata.items() if key.startswith("ss_")})
+    assert metadata["sshs_legacy_hash"] == hashlib.sha256(alone[1 << 20 : (1 << 20) + (1 << 16)]).hexdigest()[:8]
+
+
+def test_writing_needs_no_second_copy_of_the_file(tmp_path: Path) -> None:
+    parts = {"lora_down.weight": torch.rand(64, 16384), "lora_up.weight": torch.rand(16384, 64)}
+    file = AdapterFile({"lora_unet_mid_block_attentions_0_proj_in": parts | {"alpha": torch.tensor(1.0)}})
+    tracemalloc.start()
+    try:
+        file.write(tmp_path / "a.safetensors", dtype=None)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    size = (tmp_path / "a.safetensors").stat().st_size
+    assert size > 8_000_000
+    assert peak < 0.7 * size  # of the two tensors one at a time, when it is read back
 
 
 def test_a_folder_that_is_not_there_is_an_error_that_names_the_file(model: SD1, tmp_path: Path) -> None:

@@ -167,6 +167,19 @@ def test_rare_names_of_text_encoders_become_the_usual_ones(
     assert len(conversion.notes) == (given != usual)
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_the_magnitudes_of_a_dora_are_rounded_in_no_format(tmp_path: Path, precision: str) -> None:
+    source = saved(tmp_path / "a.safetensors", {Q: dora(lora(), 0)})
+    scale = load_file(source)[f"{Q}.dora_scale"]
+    convert_file(source, tmp_path / "peft.safetensors", "peft", precision=precision)
+    convert_file(tmp_path / "peft.safetensors", tmp_path / "kohya.safetensors", "kohya", precision=precision)
+
+    (magnitudes,) = (t for key, t in load_file(tmp_path / "peft.safetensors").items() if "magnitude" in key)
+    assert magnitudes.dtype == torch.float32
+    assert torch.equal(magnitudes, scale.flatten())
+    assert torch.equal(load_file(tmp_path / "kohya.safetensors")[f"{Q}.dora_scale"], scale)
+
+
 def test_a_module_under_a_rare_and_a_usual_name_is_refused(tmp_path: Path) -> None:
     source = saved(tmp_path / "a.safetensors", {TE: lora(), TE1: lora()}, {"ss_base_model_version": "sd_v1"})
 
