@@ -44,7 +44,7 @@ NO_CAPTION = "no caption"
 """How the kinds of all notes about a missing caption begin."""
 
 _REPEATS_NAME = re.compile(r"([1-9][0-9]{0,2})_(.+)")  # kohya's `10_sks dog`; four digits are taken for a year
-_FACTS_VERSION = 1  # change it when `check_whole` finds more, or other, pictures unusable
+_FACTS_VERSION = 2  # change it when `check_whole` finds other pictures unusable, or another size
 _MAX_THREADS = 4  # each may hold a picture of MAX_PIXELS
 _TABLE_ROWS = 20
 

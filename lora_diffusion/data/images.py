@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image, ImageCms
+from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 
 from lora_diffusion.data.buckets import Bucket, Fit, Size
 from lora_diffusion.data.errors import DataError
@@ -27,7 +28,7 @@ from lora_diffusion.data.errors import DataError
 if TYPE_CHECKING:
     from torch import Tensor
 
-FILTER_VERSION = "lanczos-1"
+FILTER_VERSION = "lanczos-2"
 """Part of the latent cache's key: change it with anything here that changes a pixel."""
 
 MAX_PIXELS = 89_478_485
@@ -157,8 +158,8 @@ def decode_image(data: bytes, background: Colour = WHITE) -> Image.Image:
         header = _header(image)
         image.load()
         rgb = _to_rgb(image, background)
-        turn = _UPRIGHT.get(header.orientation)
-        return rgb if turn is None else rgb.transpose(turn)
+        is_upright = header.orientation == 1 or isinstance(image, TiffImageFile)  # Pillow turns a TIFF as it loads it
+        return rgb if is_upright else rgb.transpose(_UPRIGHT[header.orientation])
 
 
 def to_pixels(image: Image.Image, fit: Fit, bucket: Bucket) -> Tensor:
@@ -223,7 +224,7 @@ def _png_chunk_kinds(data: bytes) -> list[bytes]:
 def _header(
     image: Image.Image, getexif: Callable[[Image.Image], Image.Exif] = lambda image: image.getexif()
 ) -> ImageHeader:
-    width, height = image.size
+    width, height = _stored_size(image)
     if width * height > MAX_PIXELS:
         raise ImageError(f"{width}x{height} has more than {MAX_PIXELS:,} pixels (a decompression bomb?); shrink it")
     if image.mode == "F":
@@ -237,6 +238,13 @@ def _header(
         # A phone's MPO is a JPEG with a preview behind it, no animation.
         is_animated=image.format != "MPO" and bool(getattr(image, "is_animated", False)),
     )
+
+
+def _stored_size(image: Image.Image) -> Size:
+    """As the pixels lie in the file. Pillow turns the size of a TIFF when it is opened, unless its XMP asks for it."""
+    if isinstance(image, TiffImageFile):
+        return Size(image.tag_v2[IMAGEWIDTH], image.tag_v2[IMAGELENGTH])
+    return Size(*image.size)
 
 
 def _orientation(image: Image.Image, getexif: Callable[[Image.Image], Image.Exif]) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageCms
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from lora_diffusion.data.buckets import Bucket, Size, fit
 from lora_diffusion.data.images import (
@@ -41,10 +42,10 @@ def red_left_blue_right() -> Image.Image:
     return image
 
 
-def with_orientation(image: Image.Image, value: int) -> bytes:
+def with_orientation(image: Image.Image, value: int, format: str = "PNG") -> bytes:
     exif = Image.Exif()
     exif[0x0112] = value
-    return encode(image, exif=exif)
+    return encode(image, format, exif=exif)
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"])
@@ -58,6 +59,7 @@ def test_formats_are_read_by_content(format: str):
     assert right[2] > 240 > 15 > right[0]
 
 
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
 @pytest.mark.parametrize(
     ("orientation", "size", "red_at"),
     [  # where a viewer shows the red half (EXIF 2.3, table 4.6.4 A)
@@ -71,19 +73,29 @@ def test_formats_are_read_by_content(format: str):
         (8, (16, 32), (8, 28)),
     ],
 )
-def test_exif_orientation_is_applied_to_size_and_pixels(
-    orientation: int, size: tuple[int, int], red_at: tuple[int, int]
+def test_exif_orientation_is_applied_once_to_size_and_pixels(
+    orientation: int, size: tuple[int, int], red_at: tuple[int, int], format: str
 ):
-    data = with_orientation(red_left_blue_right(), orientation)
+    data = with_orientation(red_left_blue_right(), orientation, format)
     image = decode_image(data)
-    assert read_header(data).size == size == image.size
+    assert read_header(data).size == check_whole(data).size == size == image.size
     assert image.getpixel(red_at) == RED
     assert image.getpixel((size[0] - 1 - red_at[0], size[1] - 1 - red_at[1])) == BLUE
 
 
+def test_a_tiff_that_tells_its_turn_only_in_xmp_is_turned_once():
+    tags = ImageFileDirectory_v2()
+    tags[700] = b'<rdf:Description tiff:Orientation="6"/>'
+    data = encode(red_left_blue_right(), "TIFF", tiffinfo=tags)
+    image = decode_image(data)
+    assert read_header(data).size == check_whole(data).size == (16, 32) == image.size
+    assert (image.getpixel((8, 4)), image.getpixel((8, 28))) == (RED, BLUE)
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
 @pytest.mark.parametrize("value", [0, 9, 65535])
-def test_a_meaningless_orientation_turns_nothing(value: int):
-    assert decode_image(with_orientation(red_left_blue_right(), value)).size == (32, 16)
+def test_a_meaningless_orientation_turns_nothing(value: int, format: str):
+    assert decode_image(with_orientation(red_left_blue_right(), value, format)).size == (32, 16)
 
 
 def test_a_broken_exif_block_turns_nothing():
