@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import posixpath
 import re
@@ -27,6 +28,8 @@ from lora_diffusion.data.sidecars import CaptionIndex, Note
 from lora_diffusion.files import write_text_atomically
 from lora_diffusion.progress import Track, silent
 
+logger = logging.getLogger(__name__)
+
 MAX_LEFT_OUT = 0.2
 """Share of a folder's pictures that may be unusable before the scan is an error: a few bad files are normal, many
 mean that something happened to the folder."""
@@ -42,6 +45,8 @@ NOTED_LOSS = 0.2
 
 NO_CAPTION = "no caption"
 """How the kinds of all notes about a missing caption begin."""
+
+WITHOUT_CAPTION = f"{NO_CAPTION}: trained without"
 
 _REPEATS_NAME = re.compile(r"([1-9][0-9]{0,2})_(.+)")  # kohya's `10_sks dog`; four digits are taken for a year
 _FACTS_VERSION = 2  # change it when `check_whole` finds other pictures unusable, or another size
@@ -216,7 +221,7 @@ def _choose_caption(
         return default, [*notes, Note(path, f"{NO_CAPTION}: default used", f"uses the default caption {default!r}")]
     if class_token is not None:
         return class_token, [*notes, Note(path, f"{NO_CAPTION}: folder name used", f"uses {class_token!r}")]
-    return "", [*notes, Note(path, f"{NO_CAPTION}: trained without", "is trained with an empty caption")]
+    return "", [*notes, Note(path, WITHOUT_CAPTION, "is trained with an empty caption")]
 
 
 def _choose_bucket(size: Size, buckets: Sequence[Bucket]) -> Bucket:
@@ -285,12 +290,20 @@ def _reason_table(folder: Path, items: Sequence[LeftOut]) -> list[str]:
 
 
 def write_report(path: Path, scans: Sequence[Scan], token_counts: Mapping[str, int], max_tokens: int) -> None:
-    """Write what was found to `path` as JSON.
+    """Write what was found to `path` as JSON, and log it in a line: a warning, if there is something to mend.
 
     token_counts: number of tokens of each caption, without start and end marks. max_tokens: how many are read.
     """
-    parts = [f'"{key}": {_rows(value)}' for key, value in build_report(scans, token_counts, max_tokens).items()]
+    report = build_report(scans, token_counts, max_tokens)
+    parts = [f'"{key}": {_rows(value)}' for key, value in report.items()]
     write_text_atomically(path, "{" + ",\n".join(parts) + "}\n")
+    summary = report["summary"]
+    left_out, without, cut = summary["left_out"], summary["notes"].get(WITHOUT_CAPTION, 0), summary["captions_cut"]
+    logger.log(
+        logging.WARNING if left_out or without or cut else logging.INFO,
+        "Data set: %d pictures. Files left out: %d, without a caption: %d, captions cut at %d tokens: %d. See %s.",
+        summary["images"], left_out, without, max_tokens, cut, path,
+    )  # fmt: skip
 
 
 def _rows(value: object) -> str:

@@ -63,6 +63,12 @@ def test_run_folder_holds_everything_that_is_promised(finished: Path) -> None:
     assert (state.status, state.step, state.steps) == ("finished", STEPS, STEPS)
 
 
+def test_log_says_what_was_found_among_the_pictures(finished: Path) -> None:
+    log = (finished.parent / "run" / "log.txt").read_text(encoding="utf-8")
+    told = "Data set: 10 pictures. Files left out: 0, without a caption: 0, captions cut at 75 tokens: 0. See "
+    assert f"{told}{finished.parent / 'run' / 'dataset.json'}." in log
+
+
 def test_metrics_have_a_line_per_step_and_the_validation_loss_where_measured(finished: Path) -> None:
     lines = read_metrics(finished.parent / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]

@@ -230,6 +230,32 @@ def test_the_report_says_which_captions_are_cut(tmp_path: Path):
     }
 
 
+@pytest.mark.parametrize(
+    ("spoilt", "level", "told"),
+    [
+        ("", "INFO", "Files left out: 0, without a caption: 0, captions cut at 75 tokens: 0."),
+        ("a picture", "WARNING", "Files left out: 1, without a caption: 0, captions cut at 75 tokens: 0."),
+        ("a caption file", "WARNING", "Files left out: 0, without a caption: 1, captions cut at 75 tokens: 0."),
+        ("a caption", "WARNING", "Files left out: 0, without a caption: 0, captions cut at 75 tokens: 1."),
+    ],
+)
+def test_writing_the_report_tells_how_much_there_is_to_mend(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, spoilt: str, level: str, told: str
+):
+    for index in range(6):
+        draw(tmp_path / "set" / f"{index}.png", index).with_suffix(".txt").write_text(str(index))
+    if spoilt == "a picture":
+        (tmp_path / "set" / "bad.png").write_text("<html>")
+    if spoilt == "a caption file":
+        (tmp_path / "set" / "0.txt").unlink()
+    counts = {str(index): 76 if spoilt == "a caption" and not index else 1 for index in range(6)}
+    with caplog.at_level("INFO", "lora_diffusion"):
+        write_report(tmp_path / "dataset.json", [scan_folder(tmp_path / "set", buckets=BUCKETS)], counts, 75)
+    (record,) = caplog.records
+    assert record.levelname == level
+    assert record.getMessage() == f"Data set: 6 pictures. {told} See {tmp_path / 'dataset.json'}."
+
+
 def test_resaved_and_resized_copies_are_near_duplicates_and_other_drawings_are_not(tmp_path: Path):
     for index in range(8):
         image = Image.new("RGB", (96, 96), "white")
