@@ -76,13 +76,21 @@ def read_caption(path: Path) -> str:
     """The text of a caption file on one line: lines are joined by a space, the ends are stripped.
 
     UTF-8 with or without a byte order mark, or UTF-16 with one. Raises CaptionError, naming the first bad byte, for
-    anything else: a guessed encoding would train wrong words.
+    anything else: a guessed encoding would train wrong words. Also for a file that cannot be read.
     """
-    with open(path, "rb", buffering=0) as file:
-        if (size := os.fstat(file.fileno()).st_size) > MAX_CAPTION_BYTES:
-            raise CaptionError(f"{path}: {size:,} bytes are too many for a caption (limit {MAX_CAPTION_BYTES:,}).")
-        data = file.read()
+    try:
+        with open(path, "rb", buffering=0) as file:
+            if (size := os.fstat(file.fileno()).st_size) > MAX_CAPTION_BYTES:
+                raise CaptionError(f"{path}: {size:,} bytes are too many for a caption (limit {MAX_CAPTION_BYTES:,}).")
+            data = file.read()
+    except OSError as error:
+        raise CaptionError(cannot_be_read(path, error)) from error
     return one_line(decode_text(data, str(path)))
+
+
+def cannot_be_read(path: Path, error: OSError) -> str:
+    """What to tell of a file of captions that the system does not let us read."""
+    return f"{path}: cannot be read ({error.strerror or error}). Mend its permissions, or copy it anew."
 
 
 def one_line(text: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_diffusion.data.captions import CaptionError, check_text, decode_text, one_line, read_caption
+from lora_diffusion.data.captions import CaptionError, cannot_be_read, check_text, decode_text, one_line, read_caption
 from lora_diffusion.data.errors import DataError
 from lora_diffusion.data.listing import CAPTION_SUFFIXES, Listing, relative_name
 from lora_diffusion.files import write_bytes_atomically
@@ -88,7 +88,11 @@ class CaptionIndex:
 
     def _read_metadata(self, path: Path) -> None:
         folder = path.parent.relative_to(self._root).as_posix()
-        for number, line in enumerate(decode_text(path.read_bytes(), str(path)).splitlines(), start=1):
+        try:
+            text = decode_text(path.read_bytes(), str(path))
+        except OSError as error:
+            raise DataError(cannot_be_read(path, error)) from error
+        for number, line in enumerate(text.split("\n"), start=1):  # JSON's texts may hold other breaks, as U+2028
             if not line.strip():
                 continue
             where = f"{path} line {number}"

@@ -382,6 +382,17 @@ def test_a_file_without_read_permission_is_left_out(tmp_path: Path):
     assert [item.reason for item in scan.left_out] == ["cannot be read (Permission denied)"]
 
 
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root can read everything")
+def test_a_picture_whose_caption_has_no_read_permission_is_left_out(tmp_path: Path):
+    for index in range(2):
+        (tmp_path / f"{index}.png").write_bytes(encode(picture(index)))
+    (tmp_path / "0.txt").write_text("a red house")
+    (tmp_path / "0.txt").chmod(0)
+    (left_out,) = scan_folder(tmp_path, buckets=BUCKETS, max_left_out=0.5).left_out
+    assert left_out.path.name == "0.png"
+    assert "0.txt: cannot be read (Permission denied)" in left_out.reason
+
+
 def test_bombs_cost_neither_memory_nor_time(tmp_path: Path):
     (tmp_path / "good.png").write_bytes(encode(picture(0)))
     (tmp_path / "bomb.png").write_bytes(png_header(100_000, 100_000))

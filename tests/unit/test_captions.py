@@ -56,6 +56,15 @@ def test_other_encodings_are_an_error_naming_file_place_and_fix(caption_file: Pa
     assert "UTF-8" in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["a folder", "nothing"])
+def test_a_file_that_cannot_be_read_is_told_with_its_name_and_the_reason(caption_file: Path, kind: str):
+    if kind == "a folder":
+        caption_file.mkdir()
+    reason = {"a folder": "Is a directory", "nothing": "No such file"}[kind]
+    with pytest.raises(CaptionError, match=rf"a\.txt: cannot be read \({reason}"):
+        read_caption(caption_file)
+
+
 def test_a_file_of_many_megabytes_is_no_caption(caption_file: Path):
     caption_file.write_bytes(b"a" * (5 * 2**20))
     with pytest.raises(CaptionError, match="5,242,880 bytes"):

@@ -13,9 +13,12 @@ import pytest
 from PIL import Image, ImageDraw
 
 from lora_diffusion.data.buckets import Bucket, Size, make_buckets
+from lora_diffusion.data.captions import CaptionError
 from lora_diffusion.data.duplicates import find_near_duplicates
 from lora_diffusion.data.errors import DataError
 from lora_diffusion.data.folder import Scan, scan_folder, write_report
+from lora_diffusion.data.listing import list_folder
+from lora_diffusion.data.sidecars import CaptionIndex
 
 T = TypeVar("T")
 BUCKETS = make_buckets(Size(64, 64), min_side=32, max_side=128, step=8)
@@ -134,6 +137,26 @@ def test_metadata_takes_both_common_spellings_tags_and_subfolders(tmp_path: Path
     (tmp_path / "sub" / "metadata.jsonl").write_text('{"file_name": "c.png", "text": null, "tags": "cat"}')
     scan = scan_folder(tmp_path, buckets=BUCKETS)
     assert captions(scan) == {"a.png": "a house", "b.png": "a dog, brown, small", "c.png": "cat"}
+
+
+def test_a_metadata_line_ends_at_a_line_feed_and_nowhere_else(tmp_path: Path):
+    draw(tmp_path / "a.png")
+    draw(tmp_path / "b.png", 1)
+    lines = [{"file_name": "a.png", "text": "a house\u2028at\x85night"}, {"file_name": "b.png", "text": "a dog"}]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    (tmp_path / "metadata.jsonl").write_text(text, encoding="utf-8")
+    scan = scan_folder(tmp_path, buckets=BUCKETS)
+    assert captions(scan) == {"a.png": "a house at night", "b.png": "a dog"}
+
+
+def test_captions_that_are_gone_since_the_folder_was_listed_are_errors_naming_them(tmp_path: Path):
+    draw(tmp_path / "a.png").with_suffix(".txt").write_text("x")
+    listing = list_folder(tmp_path)
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(CaptionError, match=r"a\.txt: cannot be read \(No such file or directory\)"):
+        CaptionIndex(tmp_path, listing).find(tmp_path / "a.png")
+    with pytest.raises(DataError, match=r"metadata\.jsonl: cannot be read \(No such file or directory\)"):
+        CaptionIndex(tmp_path, replace(listing, metadata=(tmp_path / "metadata.jsonl",)))
 
 
 @pytest.mark.parametrize(
