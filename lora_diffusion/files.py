@@ -23,7 +23,7 @@ def replacement_of(path: Path) -> Iterator[Path]:
     Raises OSError, with no temporary file left behind, if the disk is full or the folder cannot be written.
     """
     path = Path(os.path.realpath(path))  # a link is followed, not replaced
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=".tmp")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")  # short: a name has 255 bytes at most
     temporary = Path(name)
     try:
         try:

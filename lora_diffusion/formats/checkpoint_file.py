@@ -109,7 +109,7 @@ def write_changed(
         raise BaseFileError(f"{base.path}: has no layer {unknown[0]} ({len(unknown)} of {len(changes)} are missing).")
     copy = _Copy(base, changes, metadata or {}, track)
     try:
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name[:100]}.", suffix=".tmp") as temporary:
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".", suffix=".tmp") as temporary:
             written = Path(temporary) / out.name
             if base.path.is_dir():
                 copy.write_folder(written)

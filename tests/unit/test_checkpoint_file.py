@@ -345,6 +345,13 @@ def test_half_precision_is_read_where_it_is_all_there_is(tiny_sd1: Path, tmp_pat
     assert base.layers[TO_Q].file.name == "diffusion_pytorch_model.fp16.safetensors"
 
 
+def test_a_copy_may_have_a_name_of_many_bytes(tiny_sd1: Path, tmp_path: Path) -> None:
+    out = tmp_path / ("猫" * 84)  # 252 bytes; names have 255 at most
+    write_changed(BaseWeights.open(tiny_sd1), out, {TO_Q: noise})
+
+    assert contents(out).keys() == contents(tiny_sd1).keys()
+
+
 def test_variants_that_keep_the_old_weights_are_named(
     tiny_sd1: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -109,8 +109,9 @@ def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
         write_bytes_atomically(tmp_path / "no" / "a", b"")
 
 
-def test_a_long_file_name_can_be_written(tmp_path: Path) -> None:
-    path = tmp_path / ("n" * 250)
+@pytest.mark.parametrize("name", ["n" * 250, "猫" * 81 + ".txt"], ids=["letters", "three bytes each"])
+def test_a_long_file_name_can_be_written(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
     write_bytes_atomically(path, b"x")
     assert path.read_bytes() == b"x"
 
