@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -73,6 +75,7 @@ def read_training_set(
     samples = [sample for scan in scans for sample in scan.samples]
     fraction = config.validation.fraction if config.validation.every else 0.0
     training, validation = split_validation(samples, fraction, config.run.seed)
+    training, validation = _told_apart(training), _told_apart(validation)
     options = [caption_options(table) for table in config.dataset]
     validation = [replace(s, caption=_plain_caption(s.caption, options[s.source])) for s in validation]
     batches = BatchList(
@@ -83,6 +86,21 @@ def read_training_set(
         seed=config.run.seed,
     )
     return TrainingSet(scans, tuple(training), tuple(validation), batches)
+
+
+def _told_apart(samples: Iterable[Sample]) -> list[Sample]:
+    """The samples, each with an id of its own: what is drawn for a picture in two tables differs from one to the other.
+
+    Only after validation pictures are held out, which goes by the picture: no copy of one may be trained on.
+    """
+    seen: Counter[str] = Counter()
+    told: list[Sample] = []
+    for sample in samples:
+        earlier = seen[sample.id]
+        seen[sample.id] += 1
+        id = hashlib.sha256(f"{sample.id}\0{earlier}".encode()).hexdigest()[:16] if earlier else sample.id
+        told.append(replace(sample, id=id))
+    return told
 
 
 def buckets_of(table: DatasetConfig, model: DiffusionModel) -> tuple[Bucket, ...]:

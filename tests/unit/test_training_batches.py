@@ -49,6 +49,27 @@ def test_a_batchs_sizes_are_those_of_its_pictures(source: BatchSource) -> None:
     assert batch.sizes.dtype == torch.float32
 
 
+def test_a_folder_in_two_tables_has_noise_and_timesteps_of_its_own_in_each(tiny_sd1: Path, tmp_path: Path) -> None:
+    pictures = draw_pictures(tmp_path / "pictures")
+    config = write_config(tmp_path / "run.toml", tiny_sd1, pictures, validation={"every": 1, "fraction": 0.3})
+    second = [f"dataset.1.path={pictures}", "dataset.1.resolution=64", "validation.every=1"]
+    alone, trainer = prepare(config), prepare(config, *second)
+    samples = trainer.source.samples
+    images = [sample.image for sample in samples]
+    ids = [[sample.id for sample in samples if sample.source == table] for table in (0, 1)]
+    assert len(set(ids[0]) | set(ids[1])) == len(trainer.facts["dataset"]) == len(samples) == 14
+    assert set(ids[0]) == {sample.id for sample in alone.source.samples}, "runs without twins stay as they are"
+    assert trainer.validator is not None
+    assert {sample.image for sample in trainer.validator.samples}.isdisjoint(images)
+    assert len({sample.id for sample in trainer.validator.samples}) == 6
+    drawn: dict[str, set[int]] = {}
+    for index in range(trainer.source.batches.batches_per_epoch):
+        batch = trainer.source[index]
+        for name, timestep in zip(batch.names, batch.timesteps.tolist(), strict=True):
+            drawn.setdefault(name, set()).add(timestep)
+    assert [len(timesteps) for timesteps in drawn.values()] == [2] * 7
+
+
 def test_number_of_workers_changes_nothing(source: BatchSource) -> None:
     alone = list(load_batches(source, 3, 9, workers=0))
     helped = list(load_batches(source, 3, 9, workers=2))
