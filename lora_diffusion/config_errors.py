@@ -25,21 +25,21 @@ OTHER_NAMES = {
     "network_dim": "rank",
     "dim": "rank",
     "network_alpha": "alpha",
-    "max_train_steps": "steps",
+    "max_train_steps": "run.steps",
     "max_train_epochs": "epochs",
     "num_epochs": "epochs",
     "train_batch_size": "batch_size",
     "gradient_accumulation_steps": "gradient_accumulation",
     "mixed_precision": "precision",
     "output_dir": "output",
-    "output_name": "name",
-    "pretrained_model_name_or_path": "path",
-    "base_model": "path",
-    "image_dir": "path",
+    "output_name": "run.name",
+    "pretrained_model_name_or_path": "model.path",
+    "base_model": "model.path",
+    "image_dir": "dataset.path",
     "num_repeats": "repeats",
     "save_every_n_steps": "save_every",
-    "optimizer_type": "name",
-    "lr_scheduler": "name",
+    "optimizer_type": "optimizer.name",
+    "lr_scheduler": "schedule.name",
     "lr_warmup_steps": "warmup_steps",
     "quantize": "quantise",
     "max_token_length": "max_tokens",
@@ -56,7 +56,7 @@ OTHER_NAMES = {
     "decompose_factor": "lokr_factor",
     "save_model_as": "save_format",
 }
-"""What other programs call our keys."""
+"""What other programs call our keys: `table.key` where several tables have such a key."""
 
 
 @dataclass(frozen=True)
@@ -290,14 +290,16 @@ def _unknown(path: KeyPath, value: object, model: type[BaseModel]) -> str:
             close = nearest(key, tables)
             hint = f"did you mean [{close}]?" if close else "there are " + ", ".join(f"[{name}]" for name in tables)
             return f"unknown table [{key}]; {hint}"
-        return f"unknown key `{key}` outside of all tables; {_suggestion(key, {}, tables)}"
-    section = str(path[0])
-    known = tables[section].model_fields if section in tables else {}
-    return f"unknown key `{key}` in [{section}]; {_suggestion(key, known, tables)}"
+        return f"unknown key `{key}` outside of all tables; {_suggestion(key, '', tables)}"
+    return f"unknown key `{key}` in [{path[0]}]; {_suggestion(key, str(path[0]), tables)}"
 
 
-def _suggestion(key: str, known: Mapping[str, object], tables: Mapping[str, type[BaseModel]]) -> str:
-    for name in (key, OTHER_NAMES.get(key, "")):
+def _suggestion(key: str, table: str, tables: Mapping[str, type[BaseModel]]) -> str:
+    known = tables[table].model_fields if table in tables else {}
+    home, _, other_name = OTHER_NAMES.get(key, "").rpartition(".")
+    if home in tables and home != table:
+        return f"`{key}` is `{other_name}` of [{home}]"
+    for name in (key, other_name):
         if name in known:
             return f"did you mean `{name}`?"
         homes = [f"[{table}]" for table, section in tables.items() if name in section.model_fields]

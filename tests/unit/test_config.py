@@ -14,7 +14,7 @@ from typing import get_args
 import pytest
 
 from lora_diffusion.config import TrainConfig
-from lora_diffusion.config_errors import ConfigError, edit_distance, printable, sections
+from lora_diffusion.config_errors import OTHER_NAMES, ConfigError, edit_distance, printable, sections
 from lora_diffusion.config_file import MAX_BYTES, key_lines
 
 MINIMAL = """[run]
@@ -163,6 +163,29 @@ def test_a_typo_in_a_key_is_told_with_the_key_that_was_meant() -> None:
 )
 def test_the_names_of_other_programs_lead_to_ours(name: str, meant: str) -> None:
     assert meant in problems_of(f"{MINIMAL}[optimizer]\n{name} = 1")[0]
+
+
+@pytest.mark.parametrize(
+    ("table", "name", "meant"),
+    [
+        ("optimizer", "lr_scheduler", "; `lr_scheduler` is `name` of [schedule]"),
+        ("schedule", "lr_scheduler", "; did you mean `name`?"),
+        ("run", "optimizer_type", "; `optimizer_type` is `name` of [optimizer]"),
+        ("dataset.0", "output_name", "; `output_name` is `name` of [run]"),
+        ("preview", "max_train_steps", "; `max_train_steps` is `steps` of [run]"),
+        ("dataset.0", "base_model", "; `base_model` is `path` of [model]"),
+        ("model", "image_dir", "; `image_dir` is `path` of [dataset]"),
+    ],
+)
+def test_another_programs_name_leads_to_the_table_that_is_meant(table: str, name: str, meant: str) -> None:
+    assert problems_of(MINIMAL, f"{table}.{name}=1")[0].endswith(meant)
+
+
+def test_every_name_of_another_program_leads_to_one_key() -> None:
+    assert len(OTHER_NAMES) > 30
+    for name in OTHER_NAMES.values():
+        assert [key for key in all_keys() if key == name or key.partition(".")[2] == name] != []
+        assert "." in name or len([key for key in all_keys() if key.partition(".")[2] == name]) == 1
 
 
 @pytest.mark.parametrize("path", all_keys())
