@@ -47,8 +47,8 @@ def _expanded(path: Path) -> Path:
         raise ValueError(f"no home folder is known for {path.parts[0]}") from error
 
 
-def _not_blank(text: str) -> str:
-    if not text.strip():
+def _not_blank(text: V) -> V:
+    if isinstance(text, str) and not text.strip():
         raise ValueError("it must not be blank")
     return text
 
@@ -69,7 +69,8 @@ def _patterns(patterns: dict[str, V]) -> dict[str, V]:
     return patterns
 
 
-FilePath = Annotated[Path, Strict(False), AfterValidator(_expanded)]
+# An empty text would be a path too, that of the current folder.
+FilePath = Annotated[Path, Strict(False), BeforeValidator(_not_blank), AfterValidator(_expanded)]
 Text = Annotated[str, AfterValidator(_not_blank)]
 Texts = Annotated[tuple[Text, ...], Strict(False), Field(max_length=100)]
 

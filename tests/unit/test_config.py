@@ -323,6 +323,25 @@ def test_settings_without_effect_are_warnings() -> None:
     ]
 
 
+def test_nothing_is_said_about_previews_that_nobody_asked_for() -> None:
+    assert TrainConfig.parse(MINIMAL + "[preview]\nevery = 50\n").warnings() == ()
+
+
+def test_defaults_that_a_run_has_written_out_are_no_reason_to_warn() -> None:
+    config = TrainConfig.parse(MINIMAL.replace("steps = 10", "steps = 1000") + "[cache]\nenabled = false\n")
+
+    assert TrainConfig.parse(config.to_toml()).warnings() == ()
+
+
+@pytest.mark.parametrize(("blank", "shown"), [("", '""'), ('"  "', '"  "')])
+@pytest.mark.parametrize(
+    "key", ["dataset.0.path", "run.output", "cache.folder", "adapter.start_from", "model.configs", "model.path"]
+)
+def test_an_empty_path_is_not_the_current_folder(key: str, blank: str, shown: str) -> None:
+    (problem,) = problems_of(MINIMAL, f"{key}={blank}")
+    assert f"`{key}` is {shown}: it must not be blank" in problem
+
+
 # --set
 
 
