@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lora_diffusion.config_errors import KeyPath, Problem
 
 if TYPE_CHECKING:
-    from lora_diffusion.config import DatasetConfig, TrainConfig
+    from lora_diffusion.config import DatasetConfig, Section, TrainConfig
 
 
 def conflicts(config: TrainConfig) -> Iterator[tuple[set[KeyPath], Problem]]:
@@ -124,16 +124,28 @@ def ineffective(config: TrainConfig) -> Iterator[str]:
     run, steps = config.run, config.run.steps
     if steps is not None and "save_every" in run.model_fields_set and run.save_every > steps:
         yield f"run.save_every is {run.save_every}, more than run.steps ({steps}): the only checkpoint is at the end"
-    if steps is not None and "every" in config.preview.model_fields_set and config.preview.every > steps:
-        yield f"preview.every is {config.preview.every}, more than run.steps ({steps}): previews at start and end only"
+    preview = config.preview
+    if steps is not None and preview.prompts and "every" in preview.model_fields_set and preview.every > steps:
+        yield f"preview.every is {preview.every}, more than run.steps ({steps}): previews at start and end only"
     if not config.adapter.text_encoder:
         for key in ("text_encoder_lr", "text_encoder_2_lr", "text_encoder_steps"):
             if getattr(config.optimizer, key) is not None:
                 yield f"optimizer.{key} has no effect: set adapter.text_encoder = true to train the text encoder"
     if config.adapter.lokr_factor is not None and config.adapter.kind != "lokr":
         yield f"adapter.lokr_factor has no effect with kind {config.adapter.kind!r}"
+    if config.schedule.min_lr_ratio and config.schedule.name == "constant":
+        yield 'schedule.min_lr_ratio has no effect with schedule.name "constant": the learning rate never falls'
+    if not config.validation.every and _is_changed(config.validation, "fraction"):
+        yield "validation.fraction has no effect: set validation.every to keep pictures out and measure on them"
+    if not config.cache.enabled and _is_changed(config.cache, "folder"):
+        yield "cache.folder has no effect with cache.enabled = false"
     for index, dataset in enumerate(config.dataset):
         if dataset.keep_tokens and not dataset.shuffle_tags and not dataset.tag_dropout:
             yield f"dataset.{index}.keep_tokens has no effect without shuffle_tags or tag_dropout"
         if not dataset.buckets and dataset.model_fields_set & {"bucket_min", "bucket_max"}:
             yield f"dataset.{index}: bucket_min and bucket_max have no effect with buckets = false"
+
+
+def _is_changed(section: Section, key: str) -> bool:
+    """Whether a value is not the default. A config that a run has written gives all values, the defaults too."""
+    return getattr(section, key) != type(section).model_fields[key].default

@@ -312,13 +312,20 @@ def test_a_run_without_a_length_is_told_to_give_one() -> None:
 
 
 def test_settings_without_effect_are_warnings() -> None:
-    text = MINIMAL + "keep_tokens = 1\n[optimizer]\ntext_encoder_lr = 1e-5\n[preview]\nevery = 50\n"
-    warnings = TrainConfig.parse(text.replace("steps = 10", "steps = 10\nsave_every = 20")).warnings()
+    text = (
+        MINIMAL + 'keep_tokens = 1\n[optimizer]\ntext_encoder_lr = 1e-5\n[preview]\nevery = 50\nprompts = ["a cat"]\n'
+        '[schedule]\nname = "constant"\nmin_lr_ratio = 0.1\n[validation]\nfraction = 0.2\n'
+        '[cache]\nenabled = false\nfolder = "elsewhere"\n'
+    )
+    config = TrainConfig.parse(text.replace("steps = 10", "steps = 10\nsave_every = 20"))
 
-    assert [warning.split()[0] for warning in warnings] == [
+    assert [warning.split()[0] for warning in config.warnings()] == [
         "run.save_every",
         "preview.every",
         "optimizer.text_encoder_lr",
+        "schedule.min_lr_ratio",
+        "validation.fraction",
+        "cache.folder",
         "dataset.0.keep_tokens",
     ]
 
