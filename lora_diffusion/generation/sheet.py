@@ -12,7 +12,7 @@ from PIL import Image
 from lora_diffusion.errors import UserError
 from lora_diffusion.generation.grid import contact_sheet, stacked
 from lora_diffusion.generation.infotext import add_fields, write_parameters
-from lora_diffusion.generation.request import Request, format_number
+from lora_diffusion.generation.request import Request, format_number, resolve_tags
 from lora_diffusion.generation.samplers import sampler_named
 
 if TYPE_CHECKING:
@@ -55,9 +55,10 @@ class Sheet:
     z: Axis | None = None
 
     def cells(self) -> list[Cell]:
-        """All cells, row by row. Where the seed is the same, so is the noise: only the settings differ.
+        """All cells, row by row, free of tags. Where the seed is the same, so is the noise: only the settings differ.
 
-        Raises UserError for an axis or a value that does not exist, or when there are more than 400 cells.
+        Tags in the prompt count as adapters of the request, so axes vary these too. Raises UserError for an axis or a
+        value that does not exist, or when there are more than 400 cells.
         """
         axes = [axis for axis in (self.z, self.y, self.x) if axis is not None]
         if len({axis.name for axis in axes}) < len(axes):
@@ -68,12 +69,13 @@ class Sheet:
             count *= len(axis.values)
         if count > MAX_CELLS:
             raise UserError(f"The sheet would have {count} pictures; at most {MAX_CELLS} are drawn. Use fewer values.")
+        base = resolve_tags(self.request)
         cells: list[Cell] = []
         for z, y, x in itertools.product(
             *(range(len(axis.values) if axis else 1) for axis in (self.z, self.y, self.x))
         ):
             chosen = [(axis, axis.values[at]) for axis, at in ((self.x, x), (self.y, y), (self.z, z)) if axis]
-            request = self.request
+            request = base
             for name in AXES:  # which adapters come before how strong they are, whatever axis each is on
                 for axis, value in chosen:
                     if axis.name == name:
@@ -177,10 +179,11 @@ def _replace_in_prompt(request: Request, value: str, axis: Axis) -> Request:
     term = axis.values[0]
     if not term or (term not in request.prompt and term not in request.negative):
         raise UserError(
-            f"The prompt does not hold {term!r}. The first value of the axis prompt is what the others replace."
+            f"The prompt does not hold {term!r}. The first value of the axis prompt is what the others replace. "
+            "It is not looked for in <lora:...> tags: vary these by the axes adapter and strength."
         )
     prompt, negative = (text.replace(term, value) for text in (request.prompt, request.negative))
-    return replace(request, prompt=prompt, negative=negative)
+    return resolve_tags(replace(request, prompt=prompt, negative=negative))
 
 
 def _set_sampler(request: Request, value: str, _axis: Axis) -> Request:
@@ -205,8 +208,8 @@ def _whole(text: str, axis: str) -> int:
 AXES: dict[str, Callable[[Request, str, Axis], Request]] = {
     "adapter": _set_adapters,
     "checkpoint": _set_checkpoint,
-    "strength": _set_strength,
     "prompt": _replace_in_prompt,
+    "strength": _set_strength,
     "seed": lambda request, value, _: replace(request, seed=_whole(value, "seed")),
     "cfg": lambda request, value, _: replace(request, cfg=_number(value, "cfg")),
     "sampler": _set_sampler,

@@ -57,6 +57,32 @@ def test_strength_holds_for_the_checkpoint_whichever_axis_it_is_on(order: tuple[
 
 
 @pytest.mark.parametrize(
+    ("axis", "expected"),
+    [
+        ("strength=0,1", [{"ink": 0, "neon": 0}, {"ink": 1, "neon": 1}]),
+        ("adapter=ink:0.3,none", [{"ink": 0.3}, {}]),
+        ("checkpoint=ink-1,none", [{"ink-1": 0.5, "neon": 0.7}, {"neon": 0.7}]),
+    ],
+)
+def test_an_axis_of_adapters_varies_those_that_the_prompt_tags(axis: str, expected: list[dict[str, float]]) -> None:
+    tagged = replace(REQUEST, prompt="a red house <lora:ink:0.5> <lora:neon:0.7>", adapters={})
+    cells = Sheet(tagged, parse_axis(axis, "--x")).cells()
+    assert [cell.request for cell in cells] == [replace(REQUEST, adapters=adapters) for adapters in expected]
+
+
+def test_strength_holds_for_adapters_that_the_axis_prompt_tags() -> None:
+    found = [
+        (request.prompt, request.adapters) for request in requests("strength=0,1", "prompt=red|blue <lora:oil:0.2>")
+    ]
+    assert found == [
+        ("a red house", {"ink": 0, "neon": 0}),
+        ("a red house", {"ink": 1, "neon": 1}),
+        ("a blue house", {"ink": 0, "neon": 0, "oil": 0}),
+        ("a blue house", {"ink": 1, "neon": 1, "oil": 1}),
+    ]
+
+
+@pytest.mark.parametrize(
     ("axes", "message"),
     [
         (("colour=1,2",), "'colour' cannot be an axis. Possible: adapter, cfg, checkpoint"),
@@ -65,7 +91,7 @@ def test_strength_holds_for_the_checkpoint_whichever_axis_it_is_on(order: tuple[
         (("seed=1,1",), "value twice"),
         (("seed=1.5",), "no whole number"),
         (("strength=much",), "'much', which is no number"),
-        (("prompt=green|blue",), "does not hold 'green'"),
+        (("prompt=green|blue",), "does not hold 'green'.*axes adapter and strength"),
         (("seed=1", "seed=2"), "same setting"),
         ((f"seed={','.join(map(str, range(30)))}", f"cfg={','.join(map(str, range(1, 31)))}"), "900 pictures"),
     ],
