@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from lora_diffusion.errors import UserError
@@ -27,6 +27,7 @@ SHORT_HASH = 12  # hex digits of an adapter's hash in "Lora hashes", as A1111 an
 
 _FIELD = re.compile(r'\s*(?P<key>[\w][\w \-/]*): *(?P<value>"(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
 _FIELDS_LINE = re.compile(r"Steps: *\d+ *(,|$)")
+_PLAIN_SCHEDULES = ("", "Automatic", "Uniform")  # the sampler's own steps, in A1111's words
 
 
 class ParametersError(UserError):
@@ -105,11 +106,11 @@ def save_png(image: Image.Image, path: Path, text: str) -> None:
 
 
 def read_png(path: Path) -> Parameters:
-    """The parameters in a PNG. Raises ParametersError when it is no picture or carries none."""
+    """The parameters in a PNG. Raises ParametersError when it is no picture, too large a one or carries none."""
     try:
         with Image.open(path) as image:
             text = image.info.get("parameters")
-    except (OSError, UnidentifiedImageError) as error:
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise ParametersError(f"{path}: cannot be read as a picture ({error}).") from None
     if not isinstance(text, str):
         raise ParametersError(
@@ -158,9 +159,9 @@ def _split_prompts(body: str, fields: Mapping[str, str]) -> tuple[str, str]:
 
 def _sampler_key(label: str, schedule_type: str) -> str:
     """Our key for A1111's words, which older versions wrote as one: "DPM++ 2M Karras"."""
-    full = f"{label} {schedule_type}".strip()
+    full = label if schedule_type in _PLAIN_SCHEDULES else f"{label} {schedule_type}"
     named = {f"{sampler.label} {sampler.schedule_type}".strip(): key for key, sampler in SAMPLERS.items()}
-    return named.get(full) or named.get(label) or label
+    return named.get(full, full)
 
 
 def _size(text: str) -> tuple[int, int]:

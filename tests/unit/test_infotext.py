@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import MAX_TEXT_CHUNK, PngInfo
 
 from lora_diffusion.generation.infotext import (
     ParametersError,
@@ -100,8 +101,25 @@ def test_a_picture_of_another_program_is_read() -> None:
     assert parameters.model == "v1-5-pruned"
 
 
-def test_a_foreign_sampler_keeps_its_name() -> None:
-    assert read_parameters("a\nSteps: 2, Sampler: DPM fast, Seed: 1").request.sampler == "DPM fast"
+@pytest.mark.parametrize(
+    ("fields", "sampler"),
+    [
+        ("Sampler: DPM fast", "DPM fast"),
+        ("Sampler: DPM fast, Schedule type: Automatic", "DPM fast"),
+        ("Sampler: Euler, Schedule type: Karras", "Euler Karras"),
+        ("Sampler: DPM++ 2M, Schedule type: SGM Uniform", "DPM++ 2M SGM Uniform"),
+    ],
+)
+def test_a_foreign_sampler_or_schedule_keeps_its_name(fields: str, sampler: str) -> None:
+    request = read_parameters(f"a\nSteps: 2, {fields}, Seed: 1").request
+    assert request.sampler == sampler
+    assert read_parameters(write_parameters(request, "", {})).request == request
+
+
+@pytest.mark.parametrize("schedule_type", ["Automatic", "Uniform"])
+def test_a_schedule_that_is_the_samplers_own_changes_nothing(schedule_type: str) -> None:
+    text = f"a\nSteps: 2, Sampler: Euler, Schedule type: {schedule_type}, Seed: 1"
+    assert read_parameters(text).request.sampler == "euler"
 
 
 def test_text_without_a_line_of_fields_is_a_prompt() -> None:
@@ -133,3 +151,16 @@ def test_a_png_without_parameters_and_a_file_that_is_no_picture_are_refused_by_n
         read_png(tmp_path / "plain.png")
     with pytest.raises(ParametersError, match=r"text\.png.*cannot be read"):
         read_png(tmp_path / "text.png")
+
+
+def test_a_png_whose_size_or_text_would_fill_the_memory_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bomb = PngInfo()
+    bomb.add_text("parameters", "a" * (MAX_TEXT_CHUNK + 1), zip=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "text.png", pnginfo=bomb)
+    save_png(Image.new("RGB", (40, 40)), tmp_path / "size.png", "a cat")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 40 // 2 - 1)  # Pillow refuses twice as many
+    for name in ("text", "size"):
+        with pytest.raises(ParametersError, match=rf"{name}\.png.*cannot be read"):
+            read_png(tmp_path / f"{name}.png")
