@@ -61,6 +61,6 @@ def trigger_words(metadata: Mapping[str, str]) -> list[str]:
         counts: Counter[str] = Counter()
         for tags in by_folder.values():
             counts.update({str(tag).strip()[:200]: int(count) for tag, count in tags.items()})
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return []  # free text of other programs
     return [tag for tag, _ in counts.most_common(_NUM_TAGS) if tag]

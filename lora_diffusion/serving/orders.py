@@ -226,6 +226,7 @@ class OrderBook:
     def _end(self, order: Order, status: Status) -> None:
         order.status, order.ended_at, order.preview = status, time.monotonic(), None
         order.pending = []
+        self._orders.move_to_end(order.id)  # those that ended stand in the order of their ends
         self._waiting = deque(other for other in self._waiting if other is not order)
         if status == "cancelled":
             order.images = [None] * len(order.requests)

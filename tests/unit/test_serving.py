@@ -17,6 +17,7 @@ import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from lora_diffusion.container import with_metadata
 from lora_diffusion.errors import UserError
 from lora_diffusion.generation.engine import Engine, Request
 from lora_diffusion.generation.infotext import read_parameters
@@ -24,8 +25,9 @@ from lora_diffusion.generation.library import AdapterLibrary
 from lora_diffusion.models.base import DiffusionModel
 from lora_diffusion.models.load import load_model
 from lora_diffusion.serving.app import Service, create_app
+from lora_diffusion.serving.catalogue import Catalogue
 from lora_diffusion.serving.device import DeviceLock
-from lora_diffusion.serving.orders import OrderBook
+from lora_diffusion.serving.orders import DroppedOrder, Order, OrderBook, Unit
 from lora_diffusion.serving.process import check_exposure
 from lora_diffusion.serving.worker import Worker
 from tests.random_adapters import random_adapter
@@ -241,6 +243,19 @@ def test_the_oldest_pictures_make_room_and_are_gone(running: Running) -> None:
     assert "dropped" in gone.json()["error"]
 
 
+def test_room_is_made_by_what_ended_first_not_by_what_was_ordered_first() -> None:
+    book = OrderBook(max_bytes=100)
+    old, young = Order((REQUEST,)), Order((REQUEST,))
+    for order in (old, young):
+        book.add(order)
+    for order in (young, old):
+        book.finish(Unit(order, 0), bytes(60))
+        book.end(order, "done")
+    assert book.get(old.id) is old
+    with pytest.raises(DroppedOrder):
+        book.get(young.id)
+
+
 def test_one_wrong_picture_fails_alone(running: Running) -> None:
     running.gate.clear()
     running.order()
@@ -264,6 +279,17 @@ def test_adapters_are_listed_by_name_without_paths(running: Running, folder: Pat
     assert len(entries["ink"]["hash"]) == 64
     assert entries["broken"]["error"]
     assert str(folder) not in answer.text
+
+
+@pytest.mark.parametrize("tags", ['{"a": {"t": 1e400}}', "[" * 200_000, "[1]", '{"a": {"t": "x"}}'])
+def test_an_adapter_with_odd_metadata_is_listed_without_triggers(tags: str, folder: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "odd.safetensors"
+    odd.write_bytes(with_metadata((folder / "ink.safetensors").read_bytes(), {"ss_tag_frequency": tags}))
+    entries = Catalogue().list({"odd": odd, "neon": folder / "neon.safetensors"})
+    assert [(entry["name"], entry["kind"], entry["triggers"]) for entry in entries] == [
+        ("neon", "lora", []),
+        ("odd", "lora", []),
+    ]
 
 
 def test_a_file_that_was_added_is_found_after_a_refresh(running: Running, folder: Path) -> None:
