@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 NONE = "none"
 """The value of the axes adapter and checkpoint that stands for the base alone."""
 MAX_CELLS = 400
+MAX_PROMPT_LENGTH = 10_000  # characters after the axis prompt has replaced its term
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,12 @@ class Sheet:
     y: Axis | None = None
     z: Axis | None = None
 
-    def cells(self) -> list[Cell]:
+    def cells(self, check: Callable[[Request], None] = lambda _: None) -> list[Cell]:
         """All cells, row by row, free of tags. Where the seed is the same, so is the noise: only the settings differ.
 
-        Tags in the prompt count as adapters of the request, so axes vary these too. Raises UserError for an axis or a
-        value that does not exist, or when there are more than 400 cells.
+        Tags in the prompt count as adapters of the request, so axes vary these too. check: is given each cell's request
+        before the next is made, and may raise. Raises UserError for an axis or a value that does not exist, when there
+        are more than 400 cells, or when a prompt grows too long.
         """
         axes = [axis for axis in (self.z, self.y, self.x) if axis is not None]
         if len({axis.name for axis in axes}) < len(axes):
@@ -80,6 +82,7 @@ class Sheet:
                 for axis, value in chosen:
                     if axis.name == name:
                         request = AXES[name](request, value, axis)
+            check(request)
             cells.append(Cell(x, y, z, request))
         return cells
 
@@ -182,6 +185,13 @@ def _replace_in_prompt(request: Request, value: str, axis: Axis) -> Request:
             f"The prompt does not hold {term!r}. The first value of the axis prompt is what the others replace. "
             "It is not looked for in <lora:...> tags: vary these by the axes adapter and strength."
         )
+    for text in (request.prompt, request.negative):
+        length = len(text) + text.count(term) * (len(value) - len(term))
+        if length > MAX_PROMPT_LENGTH:
+            raise UserError(
+                f"With {value[:40]!r} in the place of {term[:40]!r} the prompt has {length} characters; at most "
+                f"{MAX_PROMPT_LENGTH} are read. Use shorter values, or a term that stands in it fewer times."
+            )
     prompt, negative = (text.replace(term, value) for text in (request.prompt, request.negative))
     return resolve_tags(replace(request, prompt=prompt, negative=negative))
 

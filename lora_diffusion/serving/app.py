@@ -25,7 +25,7 @@ from lora_diffusion.generation.sheet import Sheet
 from lora_diffusion.serving.catalogue import Catalogue
 from lora_diffusion.serving.guard import Guard, has_token
 from lora_diffusion.serving.orders import DroppedOrder, Order, OrderBook, QueueFull, UnknownOrder
-from lora_diffusion.serving.schemas import ImageOrder, SheetOrder
+from lora_diffusion.serving.schemas import ImageOrder, SheetOrder, check_limits
 from lora_diffusion.serving.worker import Worker
 
 _RETRY_AFTER_S = 5
@@ -107,6 +107,11 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 
 def _add_order_routes(app: FastAPI, service: Service) -> None:
+    def limited(request: Request) -> Request:
+        resolved = service.engine.checked(request)
+        check_limits(resolved)
+        return resolved
+
     def accept(requests: Sequence[Request], sheet: Sheet | None = None) -> dict[str, Any]:
         checked = tuple(service.engine.checked(request) for request in requests)
         for request in checked:
@@ -117,16 +122,15 @@ def _add_order_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/images", status_code=202)
     def order_images(body: ImageOrder) -> dict[str, Any]:
-        first = body.request()
+        first = limited(body.request())
         answer = accept([replace(first, seed=first.seed + index) for index in range(body.count)])
         return answer | {"url": f"/v1/images/{answer['id']}"}
 
     @app.post("/v1/sheets", status_code=202)
     def order_sheet(body: SheetOrder) -> dict[str, Any]:
         sheet = body.sheet()
-        sheet = replace(sheet, request=service.engine.checked(sheet.request))
-        cells = sheet.cells()
-        answer = accept([cell.request for cell in cells], sheet)
+        sheet = replace(sheet, request=limited(sheet.request))
+        answer = accept([cell.request for cell in sheet.cells(check_limits)], sheet)
         size = {"columns": len(sheet.x.values), "rows": len(sheet.y.values) if sheet.y else 1}
         return answer | size | {"sheets": len(sheet.z.values) if sheet.z else 1, "url": f"/v1/sheets/{answer['id']}"}
 

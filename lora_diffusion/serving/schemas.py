@@ -5,7 +5,8 @@ from __future__ import annotations
 import secrets
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat
+from fastapi.exceptions import RequestValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from lora_diffusion.generation.request import Request
 from lora_diffusion.generation.sheet import Axis, Sheet
@@ -94,3 +95,11 @@ class SheetOrder(_Order):
         axes = [axis.build() if axis else None for axis in (self.x, self.y, self.z)]
         assert axes[0] is not None
         return Sheet(self.request(), axes[0], axes[1], axes[2])
+
+
+def check_limits(request: Request) -> None:
+    """For what tags and axes have made of an order. Raises RequestValidationError, as its fields do."""
+    try:
+        _Order.model_validate(vars(request))
+    except ValidationError as error:
+        raise RequestValidationError([{**it, "loc": ("body", *it["loc"])} for it in error.errors()]) from None

@@ -334,6 +334,8 @@ def test_health_and_samplers_tell_what_a_page_needs(running: Running) -> None:
         ({"adapters": {"../ink": 1}}, 400, "no adapter '../ink'"),
         ({"adapters": {"/etc/passwd": 1}}, 400, "no adapter"),
         ({"prompt": "<lora:..\\ink:1>"}, 400, "no adapter"),
+        ({"prompt": "<lora:ink:101>"}, 422, "adapters.ink.*less than or equal to 100"),
+        ({"prompt": "".join(f"<lora:{i}:1>" for i in range(33))}, 422, "adapters.*at most 32"),
         ({"path": "x"}, 422, "path"),
     ],
 )
@@ -343,6 +345,31 @@ def test_a_wrong_order_is_refused_with_the_reason(
     answer = running.client.post("/v1/images", json={**ORDER, **change})
     assert answer.status_code == status
     assert re.search(message, answer.json()["error"]), answer.text
+
+
+@pytest.mark.parametrize(
+    ("axis", "values", "status", "message"),
+    [
+        ("prompt", ["a", "b" * 10_000], 400, "has 100000000 characters; at most 10000"),
+        ("prompt", ["a", "é"], 422, "prompt.*20000 bytes"),
+        ("prompt", ["aaaaa" * 2000, "<lora:ink:101>"], 422, "adapters.ink"),
+        ("steps", ["1", "201"], 422, "steps.*less than or equal to 200"),
+        ("cfg", ["1", "101"], 422, "cfg"),
+        ("cfg", ["1", "inf"], 422, "cfg"),
+        ("strength", ["-101"], 422, "adapters.ink"),
+        ("adapter", ["ink:101"], 422, "adapters.ink"),
+        ("adapter", ["none", "+".join(map(str, range(33)))], 422, "adapters.*at most 32"),
+        ("seed", [str(2**63)], 422, "seed"),
+    ],
+)
+def test_the_limits_of_an_order_hold_for_every_cell_of_a_sheet(
+    running: Running, axis: str, values: list[str], status: int, message: str
+) -> None:
+    order = {**ORDER, "prompt": "a" * 10_000, "adapters": {"ink": 1}, "x": {"axis": axis, "values": values}}
+    answer = running.client.post("/v1/sheets", json=order)
+    assert answer.status_code == status, answer.text
+    assert re.search(message, answer.json()["error"]), answer.text
+    assert not running.service.book.num_waiting
 
 
 def test_requests_for_other_hosts_from_other_sites_or_too_large_are_refused(running: Running) -> None:

@@ -92,6 +92,7 @@ def test_strength_holds_for_adapters_that_the_axis_prompt_tags() -> None:
         (("seed=1.5",), "no whole number"),
         (("strength=much",), "'much', which is no number"),
         (("prompt=green|blue",), "does not hold 'green'.*axes adapter and strength"),
+        ((f"prompt=e|{'b' * 5000}",), "the prompt has 10009 characters; at most 10000"),
         (("seed=1", "seed=2"), "same setting"),
         ((f"seed={','.join(map(str, range(30)))}", f"cfg={','.join(map(str, range(1, 31)))}"), "900 pictures"),
     ],
