@@ -181,8 +181,14 @@ class Queue:
         """Continue a job that ended early, before all others that wait: from its newest checkpoint if it has one."""
         self._again(id, first=True)
 
+    def resume_paused(self, id: int) -> None:
+        """The same for a job that is paused or about to be; one that was stopped or resumed since stays as it is."""
+        job = self.job(id)
+        if job.id > 0 and self._store.entry(job.id).wanted == "pause" and job.status in ("paused", *ACTIVE):
+            self.resume(job.id)
+
     def retry(self, id: int) -> None:
-        """The same, after all others that wait."""
+        """As `resume`, after all others that wait."""
         self._again(id, first=False)
 
     def move(self, id: int, position: int) -> None:

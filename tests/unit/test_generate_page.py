@@ -20,6 +20,7 @@ from lora_diffusion.generation.request import Request
 from lora_diffusion.jobs.queue import Queue
 from lora_diffusion.runs import RunFolder
 from lora_diffusion.workspace import Workspace
+from tests.queues import Bench, bench, toml
 from webui.pages.generate.layout import Fields
 from webui.pages.generate.opening import Opening
 from webui.pages.generate.ordering import Orders
@@ -174,3 +175,85 @@ def test_a_run_that_trains_is_asked_for_the_picture_instead(site: Site, engine: 
     assert (content["prompts"], content["seed"], content["steps"], content["cfg"]) == (["a red house"], 7, 20, 5.0)
     assert "live draws it" in said
     until(lambda: site.studio.desk.drawings()[0].phase == "cancelled")
+
+
+# ---- A run that is paused to draw ----
+
+
+@pytest.fixture()
+def work(site: Site) -> Iterator[Bench]:
+    with bench(site.workspace.root) as made:
+        yield made
+
+
+@pytest.fixture()
+def busy(work: Bench, engine: GreyEngine) -> Site:
+    """A site with a run that was paused for a picture; `engine.gate` holds the picture back."""
+    site = with_grey_engine(work, engine)
+    engine.gate.clear()
+    work.work_until_step(work.queue.add(toml(steps=5000)).id, 2)
+    Orders(site, T).pictures("models/b", *VALUES)
+    assert "pauses" in Shown(site, T).act(clicked(act="pause"))
+    work.work_until(1, "paused")
+    return site
+
+
+def with_grey_engine(work: Bench, engine: GreyEngine) -> Site:
+    """What the web UI has when it starts."""
+    site = make_site(work.queue.workspace.root, queue=work.queue)
+    site.studio.desk.engine = engine
+    return site
+
+
+def draw_all(site: Site, engine: GreyEngine) -> None:
+    """Returns when the desk has nothing left to do."""
+    thread = site.studio.desk._thread
+    assert thread is not None
+    engine.gate.set()
+    thread.join(10)
+    assert not thread.is_alive() and site.studio.desk.drawings()[0].phase == "done"
+
+
+def test_a_run_that_was_paused_to_draw_goes_on_when_all_is_drawn(busy: Site, work: Bench, engine: GreyEngine) -> None:
+    draw_all(busy, engine)
+
+    assert work.queue.job(1).status == "queued"
+    work.queue.pause(1)
+    Orders(busy, T).pictures("models/b", *VALUES)
+    draw_all(busy, engine)
+    assert work.queue.job(1).status == "paused", "this time a person paused it"
+
+
+def test_a_run_that_someone_stopped_while_pictures_were_drawn_stays_stopped(
+    busy: Site, work: Bench, engine: GreyEngine
+) -> None:
+    work.queue.stop(1)
+
+    draw_all(busy, engine)
+
+    assert work.queue.job(1).status == "stopped"
+
+
+def test_a_run_that_was_paused_to_draw_goes_on_after_the_web_ui_was_killed(
+    busy: Site, work: Bench, engine: GreyEngine
+) -> None:
+    again = with_grey_engine(work, engine)
+
+    assert work.queue.job(1).status == "queued"
+    work.queue.pause(1)
+    with_grey_engine(work, engine)
+    assert work.queue.job(1).status == "paused"
+    again.studio.desk.cancel()
+    busy.studio.desk.cancel()
+
+
+def test_a_run_is_not_left_paused_when_the_last_picture_was_done_meanwhile(
+    site: Site, work: Bench, engine: GreyEngine
+) -> None:
+    studio = with_grey_engine(work, engine).studio
+    work.work_until_step(work.queue.add(toml(steps=5000)).id, 2)
+
+    studio.pause_training()
+
+    assert work.work_until(1, "queued").status == "queued"
+    work.work_until_step(1, 3)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import threading
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from lora_diffusion.errors import UserError
+from lora_diffusion.files import write_json_atomically
 from lora_diffusion.generation.infotext import Parameters
 from lora_diffusion.generation.request import Request, take_out_tags, write_tags
 from lora_diffusion.jobs.condition import ACTIVE
@@ -20,10 +23,14 @@ from webui.services.gallery import Gallery
 from webui.services.library import Library
 from webui.services.places import Places
 
+logger = logging.getLogger(__name__)
+
+PAUSED = "paused-to-draw.json"
+
 
 @dataclass
 class Studio:
-    """paused: ids of runs that were paused to draw, and go on when nothing is left to draw."""
+    """A file knows the jobs that were paused to draw: they go on also if the web UI ends before all is drawn."""
 
     library: Library
     gallery: Gallery
@@ -31,7 +38,6 @@ class Studio:
     desk: Desk
     queue: Queue
     tools: FileTools
-    paused: set[int] = field(default_factory=set[int])
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def training(self) -> Job | None:
@@ -43,17 +49,37 @@ class Studio:
         job = self.training()
         if job is not None:
             with self._lock:
+                self._write_paused([*self._read_paused(), job.id])
                 self.queue.pause(job.id)
-                self.paused.add(job.id)
+            if not self.desk.unfinished():  # the last picture was done while this was asked for
+                self.resume_training()
         return job
 
     def resume_training(self) -> None:
-        """Let the paused runs go on."""
+        """Let the jobs go on that were paused to draw, unless someone has resumed or ended them."""
         with self._lock:
-            for id in list(self.paused):
-                with suppress(UserError):  # someone else resumed or ended it
-                    self.queue.resume(id)
-                self.paused.discard(id)
+            paused = self._read_paused()
+            for id in paused:
+                try:
+                    self.queue.resume_paused(id)
+                except UserError as error:
+                    logger.warning("job %d was paused to draw and does not go on: %s", id, error)
+            if paused:
+                self._write_paused([])
+
+    def _read_paused(self) -> list[int]:
+        try:
+            return [int(id) for id in json.loads(self._paused.read_text(encoding="utf-8"))]
+        except (OSError, ValueError, TypeError):
+            return []
+
+    def _write_paused(self, ids: Iterable[int]) -> None:
+        self._paused.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomically(self._paused, list(dict.fromkeys(ids)))
+
+    @property
+    def _paused(self) -> Path:
+        return self.queue.workspace.private / PAUSED
 
     def sample_live(self, request: Request) -> Job | None:
         """Ask the run that trains now for a picture from its weights of this moment."""
@@ -81,6 +107,7 @@ def make_studio(places: Places, queue: Queue) -> Studio:
         library, Gallery(places), engine, Desk(places.workspace, engine), queue, FileTools(places.workspace)
     )
     studio.desk.when_idle = studio.resume_training
+    studio.resume_training()  # what an earlier web UI paused, and did not live to resume
     return studio
 
 
