@@ -105,6 +105,14 @@ def serve(
     memory_mb: Annotated[
         int, typer.Option(min=1, help="Memory for adapters' weights; the least used go first.")
     ] = 1024,
+    end_when_idle: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            min=1,
+            help="End after so long without work, and when another process of the workspace has the device.",
+        ),
+    ] = None,
     precision: PrecisionOption = "auto",
     configs: ConfigsOption = None,
     debug: DebugOption = False,
@@ -131,4 +139,5 @@ def serve(
             configs=configs,
             batch_size=batch_size,
             memory_mb=memory_mb,
+            end_when_idle_s=end_when_idle,
         )

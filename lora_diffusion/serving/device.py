@@ -49,6 +49,16 @@ class DeviceLock:
             _signature(self._path).unlink(missing_ok=True)
             self._lock.release()
 
+    def is_held_by_another(self) -> bool:
+        """Looks for a signature first: taking the lock to find out keeps others from it for a moment."""
+        if self._lock is None or self._path is None or not _signature(self._path).exists():
+            return False
+        try:
+            with self._lock:
+                return False
+        except filelock.Timeout:
+            return True
+
 
 def _signature(lock: Path) -> Path:
     return lock.with_name(lock.name + ".json")

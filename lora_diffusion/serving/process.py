@@ -44,12 +44,14 @@ def serve(
     configs: Path | None = None,
     batch_size: int = 8,
     memory_mb: int = 1024,
+    end_when_idle_s: float | None = None,
 ) -> None:
     """Listens until SIGTERM, Ctrl-C or `POST /v1/shutdown`.
 
     adapters: folders. port: 0 for any free one. memory_mb: for adapters' weights. workspace: where the device's lock
-    and engine.json are. Raises UserError for a host that others can reach without a token, a folder that is none, a
-    base that cannot be used, or a port that is taken.
+    and engine.json are. end_when_idle_s: also end after so long without work, and as soon as another process has the
+    device and nothing is left to draw. Raises UserError for a host that others can reach without a token, a folder that
+    is none, a base that cannot be used, or a port that is taken.
     """
     check_exposure(host, token, is_open)
     for folder in adapters:
@@ -63,13 +65,18 @@ def serve(
     book = OrderBook()
     lock_name = "cpu" if device.type == "cpu" else f"cuda-{device.index}"
     lock = DeviceLock(Workspace(workspace).lock(lock_name) if workspace else None)
-    worker = Worker(engine, library, book, lock, base_name(base))
     own_token = token or secrets.token_urlsafe(24)
     server: uvicorn.Server
 
     def shutdown() -> None:
         server.should_exit = True
 
+    def end_when_idle() -> None:
+        logger.info("nothing to draw: the memory is free for others")
+        shutdown()
+
+    ending = {} if end_when_idle_s is None else {"idle_s": end_when_idle_s, "when_idle": end_when_idle}
+    worker = Worker(engine, library, book, lock, base_name(base), **ending)
     record = Workspace(workspace).private / RECORD if workspace else None
     bound_port = listener.getsockname()[1]
     app = create_app(

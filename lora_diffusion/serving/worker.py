@@ -40,8 +40,13 @@ class Worker(threading.Thread):
         model_name: str,
         *,
         idle_s: float = 300.0,
+        when_idle: Callable[[], None] | None = None,
     ) -> None:
-        """idle_s: after so long without work the device's cached memory is given back."""
+        """idle_s: after so long without work the device's cached memory is given back.
+
+        when_idle: called then in place of that, or as soon as another process has the device and nothing is left to
+        draw. The worker ends with it.
+        """
         super().__init__(name="engine", daemon=True)
         self._engine = engine
         self._library = library
@@ -49,6 +54,7 @@ class Worker(threading.Thread):
         self._device = device
         self._model_name = model_name
         self._idle_s = idle_s
+        self._when_idle = when_idle
         self._stopping = threading.Event()
         self.waiting_for = ""
         """Who has the device, while pictures wait for it."""
@@ -63,14 +69,20 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         last_work = last_pause = time.monotonic()
-        is_cache_full = False
+        is_cache_full = was_asked = False
         while not self._stopping.is_set():
             if not self._book.wait(_POLL_S):
                 last_pause = time.monotonic()
-                if is_cache_full and last_pause - last_work > self._idle_s:
+                is_idle = last_pause - last_work > self._idle_s
+                # Who has started an engine while another has the device is about to ask.
+                if self._when_idle and (is_idle or (was_asked and self._device.is_held_by_another())):
+                    self._when_idle()
+                    return
+                if is_cache_full and is_idle:
                     _free_cache()
                     is_cache_full = False
                 continue
+            was_asked = True
             if self._device.is_shared and time.monotonic() - last_pause > _LONGEST_HOLD_S:
                 self._stopping.wait(_PAUSE_S)  # a training run that waits for the device gets its turn
                 last_pause = time.monotonic()

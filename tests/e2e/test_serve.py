@@ -93,6 +93,20 @@ def test_its_token_ends_it_too(started: tuple[subprocess.Popen[str], Path]) -> N
     assert process.returncode == 0
 
 
+def test_an_engine_that_may_end_when_idle_ends_in_order(tiny_sd1: Path, adapters: Path, tmp_path: Path) -> None:
+    command = [*SERVE, "--base", str(tiny_sd1), "--adapters", str(adapters), "--port", "0"]
+    ended = subprocess.run(
+        [*command, "--workspace", str(tmp_path), "--end-when-idle", "1"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=START_S,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "the memory is free" in ended.stderr
+    assert not (tmp_path / ".lora-diffusion" / "engine.json").exists()
+
+
 def test_a_host_for_everyone_is_refused_before_anything_is_loaded(tiny_sd1: Path, adapters: Path) -> None:
     command = [*SERVE, "--base", str(tiny_sd1), "--adapters", str(adapters), "--host", "0.0.0.0"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

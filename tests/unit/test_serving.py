@@ -6,7 +6,7 @@ import io
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from lora_diffusion.generation.infotext import read_parameters
 from lora_diffusion.generation.library import AdapterLibrary
 from lora_diffusion.models.base import DiffusionModel
 from lora_diffusion.models.load import load_model
+from lora_diffusion.serving import worker
 from lora_diffusion.serving.app import Service, create_app
 from lora_diffusion.serving.catalogue import Catalogue
 from lora_diffusion.serving.device import DeviceLock
@@ -115,14 +116,23 @@ class GatedEngine(Engine):
         return super().generate(requests, on_step=gated, on_preview=on_preview)
 
 
-def start(model: DiffusionModel, solo: Engine, folder: Path, lock: Path | None = None, **limits: int) -> Running:
+def start(
+    model: DiffusionModel,
+    solo: Engine,
+    folder: Path,
+    lock: Path | None = None,
+    *,
+    idle_s: float = 300.0,
+    when_idle: Callable[[], None] | None = None,
+    **limits: int,
+) -> Running:
     engine = GatedEngine(model)
     engine.gate, engine.batches = threading.Event(), []
     engine.gate.set()
     library = AdapterLibrary(engine, [folder], budget_bytes=2**30)
     book = OrderBook(**limits)
-    worker = Worker(engine, library, book, DeviceLock(lock), "tiny")
-    service = Service(engine, library, book, worker, "tiny", "float32", lambda: None, "own-token")
+    thread = Worker(engine, library, book, DeviceLock(lock), "tiny", idle_s=idle_s, when_idle=when_idle)
+    service = Service(engine, library, book, thread, "tiny", "float32", lambda: None, "own-token")
     client = TestClient(create_app(service), base_url="http://127.0.0.1")
     return Running(client, service, engine.gate, solo, folder)
 
@@ -433,3 +443,31 @@ def test_while_another_process_has_the_device_orders_wait_and_say_for_whom(
             assert server.client.get(order["url"]).json()["status"] == "queued"
         assert server.done(order["url"])["status"] == "done"
         assert not path.with_name("cpu.lock.json").exists(), "between batches nobody has signed"
+
+
+def test_an_engine_that_may_end_does_so_when_another_has_the_device_and_nothing_is_left_to_draw(
+    model: DiffusionModel, solo: Engine, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "_POLL_S", 0.01)
+    path = tmp_path / "cpu.lock"
+    ended = threading.Event()
+    server = start(model, solo, folder, lock=path, when_idle=ended.set)
+    other = DeviceLock(path)
+    with server.client:
+        with other.held():
+            assert not ended.wait(0.2), "who started it is about to ask"
+            order = server.order()
+            assert not ended.wait(0.2), "this one is waited for"
+        assert server.done(order["url"])["status"] == "done"
+        assert not ended.wait(0.2)
+        with other.held():
+            assert ended.wait(TIMEOUT_S)
+
+
+def test_an_engine_that_may_end_does_so_after_some_time_without_work(
+    model: DiffusionModel, solo: Engine, folder: Path
+) -> None:
+    ended = threading.Event()
+    server = start(model, solo, folder, idle_s=0.1, when_idle=ended.set)
+    with server.client:
+        assert ended.wait(TIMEOUT_S)

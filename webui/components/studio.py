@@ -120,6 +120,17 @@ def _choices(t: Translator, training: Job) -> Markup:
     )
 
 
+def render_engine(t: Translator, base: str) -> Markup:
+    """Which base an engine without work keeps in memory, with the button that ends it. base: "" if none does."""
+    if not base:
+        return Markup("")
+    return html(
+        '<p class="hint engine">{text} <button type="button" class="quiet" data-act="free">{free}</button></p>',
+        text=t("generate.loaded", base=base),
+        free=t("generate.free"),
+    )
+
+
 def render_gallery(t: Translator, pictures: Sequence[Picture]) -> Markup:
     if not pictures:
         return html(

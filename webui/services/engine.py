@@ -1,6 +1,7 @@
 """The picture engine of the workspace, over HTTP on this machine: found, started for a base, asked to draw.
 
-It is a process of its own that outlives the web UI, and keeps its base in memory. Nobody else sees its token.
+It is a process of its own that outlives the web UI, and keeps its base in memory until it has had nothing to draw for
+some time, or a job wants the device. Nobody else sees its token.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ STARTED = "engine-base.json"
 """Ours: which base the process was started for. The engine's own record names it without its folder."""
 
 START_TIMEOUT_S = 900.0
+IDLE_S = 600.0
+"""So long an engine without work keeps its base in memory, unless a job wants the device."""
 _POLL_S = 0.15
 _WINDOW = 24
 """Orders that are given at once: the engine draws what can share a batch together."""
@@ -49,6 +52,10 @@ class Record:
     url: str
     token: str
     base: str
+
+    @property
+    def base_name(self) -> str:
+        return Path(self.base).name.removesuffix(".safetensors")
 
 
 @dataclass
@@ -106,14 +113,17 @@ class Engine:
         self._starting("")
 
     def _start(self, base: str, report: Report, stopped: Stopped) -> Record:
-        process = self._starting(base) or self._launch(base)
+        found = self._starting(base)
+        process = found or self._launch(base)
         began = time.monotonic()
         while time.monotonic() < began + self.start_timeout_s:
             if stopped():
                 _kill(process)
                 raise NoLongerWanted
             if not _is_alive(process):
-                raise EngineError(_reason(self._log))
+                if process is not found:
+                    raise EngineError(_reason(self._log))
+                process = self._launch(base)  # the other one had nothing to draw and was about to end
             record = self.record()
             if record is not None and record.pid == process.pid and _is_healthy(record):
                 return record
@@ -148,7 +158,7 @@ class Engine:
         command = [
             *(sys.executable, "-m", "lora_diffusion", "serve", "--base", str(self.workspace.root / base)),
             *(argument for folder in folders for argument in ("--adapters", str(folder))),
-            *("--workspace", str(self.workspace.root), "--port", "0"),
+            *("--workspace", str(self.workspace.root), "--port", "0", "--end-when-idle", f"{IDLE_S:g}"),
         ]
         process = start_detached(command, cwd=self.workspace.root, log=self._log, variables={})
         record = {"pid": process.pid, "process_start": start_time(process.pid), "base": base}

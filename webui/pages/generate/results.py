@@ -11,7 +11,7 @@ from lora_diffusion.errors import UserError
 from webui.components.html import said
 from webui.components.job import title
 from webui.components.live import live
-from webui.components.studio import render_gallery, render_grid, render_status
+from webui.components.studio import render_engine, render_gallery, render_grid, render_status
 from webui.pages.events import QUICK
 from webui.pages.generate.layout import Controls, Results
 from webui.services.site import Site
@@ -40,11 +40,13 @@ class Shown:
         """Status, gallery, grid."""
         studio, places = self.site.studio, self.site.places
         unfinished = studio.desk.unfinished()
+        loaded = None if unfinished else studio.engine.record()
         training = studio.training() if unfinished and unfinished[0].progress.note else None
         sheet = studio.desk.latest("sheet")
         drawings = studio.desk.drawings()
         return [
-            render_status(self.t, unfinished, drawings[0] if drawings else None, training),
+            render_status(self.t, unfinished, drawings[0] if drawings else None, training)
+            + render_engine(self.t, loaded.base_name if loaded else ""),
             render_gallery(self.t, studio.gallery.newest()),
             render_grid(
                 self.t,
@@ -62,12 +64,15 @@ class Shown:
         return drawing.id, drawing.pair()
 
     def act(self, event: gr.EventData) -> str:
-        """A choice for what waits because a training has the device: pause it, ask it, or wait."""
+        """End the idle engine, or a choice for what waits because a training has the device: pause it, ask it, wait."""
         studio = self.site.studio
         unfinished = studio.desk.unfinished()
-        if not unfinished:
-            return ""
         act = str(event._data.get("act"))
+        if act == "free" and not unfinished:
+            studio.engine.stop()
+            return said(self.t("generate.freed"))
+        if act == "free" or not unfinished:
+            return ""
         try:
             if act == "pause":
                 job = studio.pause_training()

@@ -1,0 +1,109 @@
+"""The web UI's side of the engine: how it is started, shown and ended. A small HTTP server stands in for it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+
+from lora_diffusion.cli import app
+from lora_diffusion.jobs.queue import Queue
+from lora_diffusion.workspace import Workspace
+from webui.pages.generate.results import Shown
+from webui.services import engine as module
+from webui.services.engine import RECORD, STARTED
+from webui.services.site import Site, make_site
+from webui.translate import Translator
+
+FAKE = """
+import http.server, json, os, pathlib, psutil, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+    def do_POST(self):
+        os._exit(0)
+    def log_message(self, *_): pass
+server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+process = psutil.Process()
+told = {"pid": process.pid, "process_start": process.create_time(), "host": "127.0.0.1", "token": "t", "base": "b"}
+record = pathlib.Path(sys.argv[1])
+record.with_suffix(".new").write_text(json.dumps(told | {"port": server.server_port}))
+record.with_suffix(".new").replace(record)
+server.serve_forever()
+"""
+T = Translator("en")
+
+
+@pytest.fixture()
+def site(tmp_path: Path) -> Site:
+    return make_site(tmp_path, queue=Queue(Workspace(tmp_path), start_runner=lambda _: None))
+
+
+@pytest.fixture()
+def commands(site: Site, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
+    """The command lines of engines that were started; what runs in their place."""
+    given: list[list[str]] = []
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(command: list[str], **_: Any) -> subprocess.Popen[bytes]:
+        given.append(command)
+        started.append(subprocess.Popen([sys.executable, "-c", FAKE, str(site.workspace.private / RECORD)]))
+        return started[-1]
+
+    monkeypatch.setattr(module, "start_detached", start)
+    yield given
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def ready(site: Site, base: str) -> module.Record:
+    return site.studio.engine.ready(base, lambda _: None, lambda: False)
+
+
+def test_the_engine_is_started_so_that_it_gives_its_memory_back(site: Site, commands: list[list[str]]) -> None:
+    ready(site, "models/b")
+
+    ((_, _, _, name, *options),) = commands
+    context = typer_command(name).make_context(name, options)
+    assert context.params["end_when_idle"] == module.IDLE_S
+    assert context.params["base"] == str(site.workspace.root / "models/b")
+
+
+def test_the_page_shows_an_idle_engine_and_ends_it(site: Site, commands: list[list[str]]) -> None:
+    shown = Shown(site, T)
+    assert 'data-act="free"' not in shown.draw(None)[0]  # pyright: ignore[reportArgumentType]
+    pid = ready(site, "models/my base.safetensors").pid
+    assert "my base is in memory" in shown.draw(None)[0]  # pyright: ignore[reportArgumentType]
+
+    said = shown.act(SimpleNamespace(_data={"act": "free"}))  # pyright: ignore[reportArgumentType]
+
+    assert "memory is free" in said
+    assert not psutil.pid_exists(pid) and site.studio.engine.record() is None
+    assert 'data-act="free"' not in shown.draw(None)[0]  # pyright: ignore[reportArgumentType]
+
+
+def test_an_engine_that_is_just_ending_is_followed_by_another(site: Site, commands: list[list[str]]) -> None:
+    """It does not listen any more: as one does not yet that a web UI which is gone has started."""
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)"]) as ending:
+        started = {"pid": ending.pid, "process_start": psutil.Process(ending.pid).create_time(), "base": "models/b"}
+        site.workspace.private.mkdir(exist_ok=True)
+        (site.workspace.private / STARTED).write_text(json.dumps(started))
+
+        record = ready(site, "models/b")
+
+    assert len(commands) == 1 and record.pid != ending.pid
+
+
+def typer_command(name: str) -> Any:
+    from typer.main import get_command
+
+    return get_command(app).commands[name]  # pyright: ignore[reportAttributeAccessIssue]
