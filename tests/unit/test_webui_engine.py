@@ -44,6 +44,7 @@ T = Translator("en")
 
 @pytest.fixture()
 def site(tmp_path: Path) -> Site:
+    (tmp_path / "models").mkdir()
     return make_site(tmp_path, queue=Queue(Workspace(tmp_path), start_runner=lambda _: None))
 
 
@@ -76,6 +77,13 @@ def test_the_engine_is_started_so_that_it_gives_its_memory_back(site: Site, comm
     context = typer_command(name).make_context(name, options)
     assert context.params["end_when_idle"] == module.IDLE_S
     assert context.params["base"] == str(site.workspace.root / "models/b")
+
+
+def test_a_base_of_the_hub_is_named_to_the_engine_as_it_is(site: Site, commands: list[list[str]]) -> None:
+    assert ready(site, "owner/name").base == "owner/name"
+
+    (command,) = commands
+    assert command[command.index("--base") + 1] == "owner/name"
 
 
 def test_the_page_shows_an_idle_engine_and_ends_it(site: Site, commands: list[list[str]]) -> None:

@@ -38,12 +38,23 @@ def render_form(t: Translator, fields: Fields, choices: Choices, preset: str = "
         ("all", _all_step(t, fields)),
     ]
     return html(
-        '<div class="form" id="train-fields" data-drawn="{drawn}">{steps}{lists}</div>',
+        '<div class="form" id="train-fields" data-drawn="{drawn}">{before}{steps}{lists}</div>',
         drawn=secrets.token_hex(8),
+        before=_before(t),
         steps=join(_step(t, number, key, content) for number, (key, content) in enumerate(steps, 1)),
         lists=join(
             [_options("train-datasets", choices.datasets), _options("train-models", _models(choices))],
         ),
+    )
+
+
+def _before(t: Translator) -> Markup:
+    """Shown by app.js where a copy has taken the place of a form."""
+    return html(
+        '<p class="hint" id="train-before" hidden>{text} <button type="button" class="quiet" data-do="before">{other}'
+        "</button></p>",
+        text=t("train.before"),
+        other=t("train.before.other"),
     )
 
 

@@ -39,6 +39,7 @@ DRAFT = """async () => {
     while (!window.loraDiffusion) await new Promise((resolve) => setTimeout(resolve, 20));
     return window.loraDiffusion.draft();
 }"""
+OPENED = "() => window.loraDiffusion.opened()"
 COLLECT = "() => window.loraDiffusion.collect()"
 
 
@@ -69,7 +70,7 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
     fields, rail = page.fields, [page.problems, page.toml, page.glances]
     parts = [page.form, *rail]
     demo.load(handlers.open_page, fields, page.form, js=DRAFT, **QUICK).then(
-        handlers.edit, fields, rail, js=COLLECT, **QUICK
+        handlers.edit, fields, rail, js=OPENED, **QUICK
     )
     page.form.input(handlers.edit, fields, rail, js=COLLECT, trigger_mode="always_last", **QUICK)
     page.form.select(handlers.choose, fields, parts, js=COLLECT, **QUICK)
@@ -146,7 +147,7 @@ class Handlers:
         try:
             now = fields_from_toml(self.site.queue.duplicate(copied.id))[0] if copied else fields_from_json(draft)[0]
         except UserError:
-            now = {}
+            now = fields_from_json(draft)[0]
         if asked["dataset"]:  # what is wrong with it is said beside the form, as of any folder that is typed
             now = with_dataset(now or self._first().fields, asked["dataset"])
         return self._form(now) if now else gr.skip()

@@ -6,6 +6,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub import try_to_load_from_cache
+
+from lora_diffusion.captioning.find import is_hub_name
 from lora_diffusion.errors import UserError
 from lora_diffusion.formats.families import FAMILY_WIDTHS
 from webui.services.form_values import fields_from_toml
@@ -23,7 +26,7 @@ MAX_RUNS = 200
 
 @dataclass(frozen=True)
 class Base:
-    """id: of Places. family: "" if the files do not tell. sizes: its own first."""
+    """id: of Places, or of the hub. family: "" if the files do not tell. sizes: its own first."""
 
     id: str
     family: str
@@ -36,21 +39,41 @@ class Base:
 
 def bases(places: Places) -> list[Base]:
     """Every base in the workspace, and those that its runs were trained on."""
-    ids = dict.fromkeys([*places.models(), *_of_runs(places)])
+    runs = list(places.workspace.run_folders())[-MAX_RUNS:]
+    ids = dict.fromkeys([*places.models(), *filter(None, (base_of_run(places, folder) for folder in runs))])
     return [base_of(places, id) for id in ids]
 
 
 def find_base(places: Places, id: str) -> Base:
-    """Raises UserError for an id that names no base in the workspace."""
+    """Raises UserError for an id that names no base in the workspace, and none that the hub could have."""
+    if is_hub_name(id, places.root):
+        return base_of(places, id)
     path = places.resolve(id)
-    if not ((path / "model_index.json").is_file() or (path.is_file() and path.suffix == ".safetensors")):
+    if not _is_base(path):
         raise UserError(f"There is no base {id}. Put a diffusers folder or a .safetensors file into models/.")
     return base_of(places, places.id_of(path))
 
 
+def base_of_run(places: Places, folder: Path) -> str:
+    """The id of the base that a run was trained on; "" if its config names none that there is."""
+    try:
+        fields, _ = fields_from_toml((folder / "config.toml").read_text(encoding="utf-8"))
+        id = fields.get("model.path", "")
+        if is_hub_name(id, places.root):
+            return id
+        path = places.resolve(id)
+    except (OSError, UserError, UnicodeDecodeError):
+        return ""
+    return places.id_of(path) if path != places.root.resolve() and _is_base(path) else ""
+
+
+def base_argument(root: Path, id: str) -> str:
+    """What a command is given for a base, whatever folder it runs in: the whole path, or the id of the hub."""
+    return id if is_hub_name(id, root) else str(root / id)
+
+
 def base_of(places: Places, id: str) -> Base:
-    folder = places.root / id
-    unet, vae = _config(folder / "unet"), _config(folder / "vae")
+    unet, vae = _config(places, id, "unet"), _config(places, id, "vae")
     width = unet.get("cross_attention_dim")
     family = FAMILY_WIDTHS.get(width, "") if isinstance(width, int) else ""
     own = unet.get("sample_size")
@@ -67,22 +90,18 @@ def _around(side: int) -> tuple[Size, ...]:
     return (side, side), (side, side * 3 // 2), (side * 3 // 2, side)
 
 
-def _of_runs(places: Places) -> list[str]:
-    found: list[str] = []
-    for folder in list(places.workspace.run_folders())[-MAX_RUNS:]:
-        try:
-            fields, _ = fields_from_toml((folder / "config.toml").read_text(encoding="utf-8"))
-            path = places.resolve(fields.get("model.path", ""))
-        except (OSError, UserError, UnicodeDecodeError):
-            continue
-        if path != places.root.resolve() and (path / "model_index.json").is_file():
-            found.append(places.id_of(path))
-    return found
+def _is_base(path: Path) -> bool:
+    return (path / "model_index.json").is_file() or (path.is_file() and path.suffix == ".safetensors")
 
 
-def _config(folder: Path) -> dict[str, object]:
+def _config(places: Places, id: str, part: str) -> dict[str, object]:
+    """Of a base of the hub, what is in its cache: nobody is asked."""
+    path = places.root / id / part / "config.json"
+    if is_hub_name(id, places.root):
+        found = try_to_load_from_cache(id, f"{part}/config.json")
+        path = Path(found) if isinstance(found, str) else path
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}

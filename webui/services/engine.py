@@ -25,6 +25,7 @@ from lora_diffusion.generation.request import Request
 from lora_diffusion.jobs.processes import reap_when_done, start_detached, start_time
 from lora_diffusion.runs import is_process
 from lora_diffusion.workspace import Workspace
+from webui.services.bases import base_argument
 from webui.services.drawings import NoLongerWanted, Progress, Report, Stopped
 
 RECORD = "engine.json"
@@ -156,7 +157,7 @@ class Engine:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         self._log.write_bytes(b"")
         command = [
-            *(sys.executable, "-m", "lora_diffusion", "serve", "--base", str(self.workspace.root / base)),
+            *(sys.executable, "-m", "lora_diffusion", "serve", "--base", base_argument(self.workspace.root, base)),
             *(argument for folder in folders for argument in ("--adapters", str(folder))),
             *("--workspace", str(self.workspace.root), "--port", "0", "--end-when-idle", f"{IDLE_S:g}"),
         ]

@@ -2,11 +2,20 @@
 (() => {
   "use strict";
 
-  const EDIT_DELAY_MS = 350, DRAFT = "lora-diffusion.draft", THEME = "lora-diffusion.theme";
+  const EDIT_DELAY_MS = 350, THEME = "lora-diffusion.theme", DRAFT = "lora-diffusion.draft";
+  const DRAFT_BEFORE = "lora-diffusion.draft-before", DRAWING = "lora-diffusion.drawing";
   const one = (selector, root = document) => root.querySelector(selector);
   const all = (selector, root = document) => [...root.querySelectorAll(selector)];
   const stored = (key) => { try { return localStorage.getItem(key); } catch { return null; } };
   const store = (key, value) => { try { localStorage.setItem(key, value); } catch { /* private window */ } };
+
+  const named = (name) => new URLSearchParams(location.search).has(name);
+  // What the address named is in the fields now: a reload shows what was made of it since.
+  function forget(...names) {
+    const address = new URL(location.href);
+    for (const name of names) address.searchParams.delete(name);
+    history.replaceState(history.state, "", address);
+  }
 
   // ---- Theme: the system's, until someone chooses ----
 
@@ -32,27 +41,46 @@
     return input && value !== field.dataset.default && !(value === "" && field.dataset.optional === "true");
   };
 
-  function collect() {
+  function filled() {
     const values = {};
     for (const input of inputs()) values[nameOf(input)] = valueOf(input);
-    const sent = JSON.stringify({
-      values,
-      from: one('[data-do="preset"][aria-pressed="true"]')?.dataset.value ?? "",
-      word: one("#train-word")?.value ?? "",
-      ...extra,
-    });
+    const from = one('[data-do="preset"][aria-pressed="true"]')?.dataset.value ?? "";
+    return { values, from, word: one("#train-word")?.value ?? "" };
+  }
+
+  function collect() {
+    const sent = JSON.stringify({ ...filled(), ...extra });
     extra = {};
     return sent;
   }
+
+  const keep = () => store(DRAFT, JSON.stringify(filled()));
 
   function edited(delay) {
     clearTimeout(timer);
     timer = setTimeout(() => {
       timer = 0;
-      store(DRAFT, collect());
+      keep();
       send?.("input");
     }, delay);
     refreshForm();
+  }
+  addEventListener("pagehide", () => { if (timer) keep(); });
+
+  // The form that the page opens with; one that a copy takes the place of can be had back.
+  function draft() {
+    const kept = stored(DRAFT) ?? "";
+    if (named("copy") && kept) store(DRAFT_BEFORE, kept);
+    return kept;
+  }
+
+  function opened() {
+    if (named("copy") || named("dataset")) {
+      keep();
+      forget("copy", "dataset");
+      refreshForm();
+    }
+    return collect();
   }
 
   // Gradio hands over its trigger when it has mounted the form; what was typed before is read when the page has loaded.
@@ -89,6 +117,7 @@
         chooser.value = [...chooser.options].some((option) => option.value === area.value) ? area.value : "";
         area.hidden = chooser.value !== "";
       }
+      keep();
     }
     drawn = now;
   }
@@ -117,6 +146,8 @@
     const nothing = one("#train-no-match");
     if (nothing) nothing.hidden = !isFiltered || shown > 0;
     one("#train-fields")?.classList.toggle("filtered", isFiltered);
+    const before = one("#train-before");
+    if (before) before.hidden = stored(DRAFT_BEFORE) === null;
     const several = tables().length > 1;
     for (const table of tables()) table.classList.toggle("several", several);
   }
@@ -201,6 +232,14 @@
     "remove-table"(button) {
       if (tables().length > 1) button.closest("[data-table]").remove();
       edited(0);
+    },
+    before() {
+      const now = JSON.stringify(filled());
+      store(DRAFT, stored(DRAFT_BEFORE));
+      store(DRAFT_BEFORE, now);
+      clearTimeout(timer);
+      timer = 0;
+      location.reload();
     },
     show(link) { reveal(link.closest("[data-key]").dataset.key); },
     async copy(button) {
@@ -354,10 +393,20 @@
     if (!due) { due = true; requestAnimationFrame(refresh); }
   }).observe(document.documentElement, { childList: true, subtree: true, attributes: true, attributeFilter: ["class"] });
 
-  window.loraDiffusion = {
-    collect,
-    form,
-    ticked: () => JSON.stringify([...ticked]),
-    draft: () => (new URLSearchParams(location.search).has("copy") ? "" : stored(DRAFT) ?? ""),
+  // ---- The fields of the page Generate, kept as Gradio has them ----
+
+  let isFilled = false;
+  const drawing = {
+    kept: () => stored(DRAWING) ?? "",
+    keep(...values) { if (isFilled) store(DRAWING, JSON.stringify(values)); return []; },
+    // What was kept is in the fields, or what the address names: from now on changes are a person's.
+    opened(...values) {
+      isFilled = true;
+      drawing.keep(...values);
+      forget("adapter");
+      return [];
+    },
   };
+
+  window.loraDiffusion = { collect, draft, drawing, form, opened, ticked: () => JSON.stringify([...ticked]) };
 })();

@@ -96,6 +96,8 @@ class Mixing:
         """A copy of the base with the adapters in it."""
         try:
             base = self._path(self._base(base_id))
+            if base is None:
+                raise UserError(self.t("adapters.bake.on_disk"))
             path, _ = self.site.studio.tools.bake(self._weights(mixed, 1), base, name)
             return said(self.t("adapters.baked", name=path.name))
         except (UserError, OSError) as error:
@@ -143,8 +145,10 @@ class Mixing:
     def _base(self, id: str | None) -> Base:
         return find_base(self.site.places, id or "")
 
-    def _path(self, base: Base) -> Path:
-        return self.site.places.root / base.id
+    def _path(self, base: Base) -> Path | None:
+        """None for a base of the hub: tools read bases on disk."""
+        path = self.site.places.root / base.id
+        return path if path.exists() else None
 
 
 def _both(base: Base, text: str, mixed: str, merged: Path) -> list[Request]:
