@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 from gradio import skip
 from PIL import Image
 
+from lora_diffusion.errors import UserError
 from lora_diffusion.generation.infotext import png_bytes, save_png, write_parameters
 from lora_diffusion.generation.request import Request
 from lora_diffusion.jobs.queue import Queue
@@ -25,10 +28,12 @@ from webui.pages.generate.layout import Fields
 from webui.pages.generate.opening import Opening
 from webui.pages.generate.ordering import Orders
 from webui.pages.generate.results import Shown
+from webui.services.bases import bases, find_base
 from webui.services.drawings import Desk, NoLongerWanted, Progress, Report, Stopped
 from webui.services.site import Site, make_site
 from webui.translate import Translator
 
+INK = Path(__file__).parents[2] / "samples" / "adapters" / "ink.safetensors"
 T = Translator("en")
 VALUES = ["a red house", "", 20, 5.0, "ddim", 1, 1, 64, 64, 7, "fixed"]
 
@@ -175,6 +180,85 @@ def test_a_run_that_trains_is_asked_for_the_picture_instead(site: Site, engine: 
     assert (content["prompts"], content["seed"], content["steps"], content["cfg"]) == (["a red house"], 7, 20, 5.0)
     assert "live draws it" in said
     until(lambda: site.studio.desk.drawings()[0].phase == "cancelled")
+
+
+# ---- The base, and what the browser kept ----
+
+HUB_ID = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+
+@pytest.fixture()
+def trained(site: Site) -> str:
+    """The id of an adapter of a run on a base of the hub."""
+    run = RunFolder(site.workspace.runs / "style")
+    run.path.mkdir(parents=True)
+    run.prepare(resume=False)
+    run.config.write_text(f'[run]\nname = "style"\nsteps = 9\n[model]\npath = "{HUB_ID}"\n[[dataset]]\npath = "d"\n')
+    with run.lock():
+        run.begin(9, 9)
+    shutil.copy(INK, run.adapter("style"))
+    return "runs/style/style.safetensors"
+
+
+def opened(site: Site, kept: str = "", **address: str) -> list[Any]:
+    """What the page opens with: the fields, the stack, the size, the adapters, the bases."""
+    request: Any = SimpleNamespace(query_params=address)
+    return Opening(site, T).open_page(kept, "models/b", "a red house", request)
+
+
+def test_the_base_of_a_run_on_the_hub_can_be_chosen_and_drawn_with(
+    site: Site, trained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unet, vae = (tmp_path / f"hub/models--{HUB_ID.replace('/', '--')}/snapshots/1" / part for part in ("unet", "vae"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert [base.id for base in bases(site.places)] == ["models/b", HUB_ID]
+    assert find_base(site.places, HUB_ID).family == ""
+
+    for folder, config in (
+        (unet, {"cross_attention_dim": 768, "sample_size": 64}),
+        (vae, {"block_out_channels": [1] * 4}),
+    ):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(config))
+    refs = unet.parents[2] / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("1")
+    base = find_base(site.places, HUB_ID)
+    assert (base.family, base.sizes[0], base.name) == ("sd1", (512, 512), "stable-diffusion-v1-5")
+    assert Orders(site, T).pictures(HUB_ID, *VALUES)[0] == ""
+    drawn(site)
+    assert site.studio.desk.drawings()[0].base == HUB_ID
+
+
+@pytest.mark.parametrize("id", ["", "models/gone", "../x", "/etc/passwd", "a/b/c", "a/..", "a/b c"])
+def test_what_is_neither_here_nor_a_name_of_the_hub_is_no_base(site: Site, id: str) -> None:
+    with pytest.raises(UserError):
+        find_base(site.places, id)
+
+
+def test_an_adapter_is_drawn_with_the_base_of_its_run(site: Site, trained: str) -> None:
+    assert opened(site)[-1].value == "models/b"
+
+    *values, bases = opened(site, adapter=trained)
+
+    assert bases.value == HUB_ID
+    form = dict(zip([field.name for field in fields(Fields)], values, strict=False))
+    assert (form["width"], form["height"]) == find_base(site.places, HUB_ID).sizes[0]
+    assert "<lora:style:1>" in str(form["prompt"])
+
+
+def test_what_the_browser_kept_fills_the_fields_as_far_as_they_can_hold_it(site: Site, trained: str) -> None:
+    kept = [HUB_ID, "typed", "blurry", 9, 3.5, "euler", 1, 2, 512, 640, 7, "next"]
+
+    *values, bases = opened(site, json.dumps(kept))
+
+    assert values[: len(kept) - 1] == kept[1:]
+    assert bases.value == HUB_ID
+    for index, wrong in enumerate([1, 2, [], "x", None, ["euler"], True, "2", {}, float("inf"), "1", "no"]):
+        spoiled = opened(site, json.dumps([wrong if index == at else value for at, value in enumerate(kept)]))
+        assert [type(value) for value in spoiled[: len(kept) - 1]].count(dict) == (index > 0)  # gr.skip()
+    for nonsense in ("", "[", "[]", "{}", "[" * 10_000, json.dumps(["x" * 200_000] * len(kept))):
+        assert isinstance(opened(site, nonsense)[0], dict)
 
 
 # ---- A run that is paused to draw ----

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import time
 import tomllib
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from tests.webui.conftest import HOSTILE, make_run, wait_for
 expect = pytest.importorskip("playwright.sync_api").expect
 pytestmark = pytest.mark.browser
 
+INK = Path(__file__).parents[2] / "samples" / "adapters" / "ink.safetensors"
 WAIT_MS = 20_000
 FIRST_PAGE_S = 2.0
 
@@ -211,6 +213,69 @@ def test_a_draft_survives_a_reload_and_a_run_is_copied(url: str, open_page: Open
     page.goto(f"{url}/run?id=runs/done")
     page.locator("#run-copy").click(timeout=WAIT_MS)
     expect(page.locator('[data-field="run.name"]')).to_have_value("done-2", timeout=WAIT_MS)
+
+
+def test_what_was_made_of_a_copy_survives_a_reload_and_the_form_before_it_is_kept(url: str, open_page: Open) -> None:
+    page = open_page(url)
+    page.locator("#train-start").wait_for(timeout=WAIT_MS)
+    expect(page.locator("#train-before")).to_be_hidden()
+    fill(page, "run.name", "half-done")
+    expect(page.locator("#train-toml-text")).to_contain_text("half-done", timeout=WAIT_MS)
+
+    page.goto(f"{url}/?copy=runs/done")
+    name = page.locator('[data-field="run.name"]')
+    expect(name).to_have_value("done-2", timeout=WAIT_MS)
+    expect(page.locator("#train-before")).to_be_visible(timeout=WAIT_MS)
+    fill(page, "run.steps", "4321")
+    fill(page, "run.name", "edited")
+    page.reload()  # at once
+    expect(name).to_have_value("edited", timeout=WAIT_MS)
+    page.locator('[data-do="language"]').click()
+    expect(page.locator("#train-start")).to_contain_text("Training starten", timeout=WAIT_MS)
+    expect(page.locator("#train-toml-text")).to_contain_text("steps = 4321", timeout=WAIT_MS)
+    expect(name).to_have_value("edited")
+
+    page.locator("#train-before button").click()
+    expect(name).to_have_value("half-done", timeout=WAIT_MS)
+    page.locator("#train-before button").click()
+    expect(name).to_have_value("edited", timeout=WAIT_MS)
+
+
+def test_a_preset_and_a_data_set_that_were_chosen_survive_a_reload(url: str, open_page: Open) -> None:
+    page = open_page(f"{url}/?dataset=data/shapes")
+    path = page.locator('[data-field="path"]').first
+    expect(path).to_have_value("data/shapes", timeout=WAIT_MS)
+    page.locator("#train-preset-sdxl-style").click()
+    expect(page.locator("#train-toml-text")).to_contain_text("resolution = 1024", timeout=WAIT_MS)
+    page.reload()
+    expect(page.locator("#train-toml-text")).to_contain_text("resolution = 1024", timeout=WAIT_MS)
+    expect(path).to_have_value("data/shapes")
+
+
+def test_a_prompt_that_was_not_drawn_survives_a_reload(url: str, open_page: Open, workspace: Workspace) -> None:
+    for name in ("one", "two"):
+        (workspace.models / name).mkdir(parents=True)
+        (workspace.models / name / "model_index.json").write_text("{}")
+    shutil.copy(INK, workspace.runs / "done" / "done.safetensors")
+    page = open_page(f"{url}/generate?adapter=runs/done/done.safetensors")
+    prompt = page.locator("#generate-prompt textarea")
+    expect(prompt).to_have_value(re.compile("<lora:done:1>"), timeout=WAIT_MS)
+    page.wait_for_url(f"{url}/generate", timeout=WAIT_MS)
+    page.locator("#generate-base input").click()
+    page.get_by_role("option", name="two").click()
+    page.locator("#generate-steps input[type=number]").fill("33")
+    page.locator("#generate-steps input[type=number]").blur()
+    prompt.fill("a long thought <lora:done:0.5>")
+    expect(page.locator("#generate-stack output")).to_have_text("0.5", timeout=WAIT_MS)
+    page.reload()
+
+    expect(prompt).to_have_value("a long thought <lora:done:0.5>", timeout=WAIT_MS)
+    expect(page.locator("#generate-stack output")).to_have_text("0.5", timeout=WAIT_MS)
+    expect(page.locator("#generate-steps input[type=number]")).to_have_value("33")
+    expect(page.locator("#generate-base input")).to_have_value("two")
+    page.locator('[data-do="language"]').click()
+    expect(page.locator("#generate-go")).to_have_text("Zeichnen", timeout=WAIT_MS)
+    expect(prompt).to_have_value("a long thought <lora:done:0.5>", timeout=WAIT_MS)
 
 
 def test_the_best_step_becomes_the_result(url: str, open_page: Open, workspace: Workspace) -> None:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import gradio as gr
 
-from webui.pages.events import QUICK
-from webui.services.bases import bases
+from webui.services.bases import Base, bases
 from webui.services.site import Site
 
 
-def follow_bases(site: Site, demo: gr.Blocks, base: gr.Dropdown) -> None:
-    """Bases come while the server runs: baked ones, and what is put into models/."""
+def offer_bases(site: Site, *wanted: str | None) -> tuple[gr.Dropdown, Base | None]:
+    """The list with the first of `wanted` that there is chosen, or else the first of all; and what is chosen.
 
-    def offer(chosen: str | None) -> gr.Dropdown:
-        known = bases(site.places)
-        ids = [it.id for it in known]
-        value = chosen if chosen in ids else next(iter(ids), None)
-        return gr.Dropdown(choices=[(it.name, it.id) for it in known], value=value)
-
-    demo.load(offer, base, base, **QUICK)
+    Bases come while the server runs: baked ones, and what is put into models/.
+    """
+    known = {it.id: it for it in bases(site.places)}
+    value = next((id for id in wanted if id in known), next(iter(known), None))
+    return gr.Dropdown(choices=[(it.name, it.id) for it in known.values()], value=value), known.get(value or "")

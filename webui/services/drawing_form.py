@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import secrets
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from lora_diffusion.errors import UserError
 from lora_diffusion.generation.request import Request, resolve_tags
+from lora_diffusion.generation.samplers import SAMPLERS
 from lora_diffusion.generation.sheet import AXES, Axis, Sheet, parse_axis
 
 MAX_PROMPT = 10_000
@@ -60,6 +62,30 @@ class DrawingForm:
     def sheet(self, x: tuple[str, str], y: tuple[str, str]) -> Sheet:
         """x, y: name and values of each axis; the name of y is "" for none. Raises UserError."""
         return Sheet(self.request(), _axis(x, "X"), _axis(y, "Y") if y[0] in AXES else None)
+
+
+def fields_from_json(text: str) -> dict[str, object]:
+    """What a browser kept of the base and the fields, by name. What a field cannot hold is left out."""
+    names = ("base", *(field.name for field in fields(DrawingForm)))
+    try:
+        values = json.loads(text) if len(text) < 10 * MAX_PROMPT else []
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(values, list) or len(values) != len(names):
+        return {}
+    return {name: value for name, value in zip(names, values, strict=True) if _is_value(name, value)}
+
+
+def _is_value(name: str, value: object) -> bool:
+    match name:
+        case "sampler":
+            return isinstance(value, str) and value in SAMPLERS
+        case "seed_mode":
+            return value in SEED_MODES
+        case "base" | "prompt" | "negative":
+            return isinstance(value, str) and len(value) <= MAX_PROMPT
+        case _:
+            return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _axis(axis: tuple[str, str], letter: str) -> Axis:

@@ -40,7 +40,7 @@ class Fields:
 
 @dataclass(frozen=True)
 class Controls:
-    """The left side. fields: what a `DrawingForm` is made of."""
+    """The left side. fields: what a `DrawingForm` is made of. kept: hidden, what the browser kept of it as JSON."""
 
     base: gr.Dropdown
     stack: gr.HTML
@@ -51,6 +51,11 @@ class Controls:
     size: gr.Dropdown
     dropped: gr.File
     fields: Fields
+    kept: gr.Textbox
+
+    def remembered(self) -> list[Component]:
+        """What the browser keeps, in the order of `drawing_form.fields_from_json`."""
+        return [self.base, *self.fields.all()]
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,8 @@ def make_controls(t: Translator, known_bases: Sequence[Base]) -> Controls:
             height=110,
             elem_id="generate-png",
         )
-    return Controls(base, stack, add, go, stop, said, size, dropped, fields)
+    kept = gr.Textbox(visible="hidden", elem_id="generate-kept", label="kept")
+    return Controls(base, stack, add, go, stop, said, size, dropped, fields, kept)
 
 
 def size_choices(t: Translator, base: Base) -> list[tuple[str, str]]:

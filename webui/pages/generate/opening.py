@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import fields as fields_of
 from pathlib import Path
@@ -13,11 +13,13 @@ from lora_diffusion.errors import UserError
 from lora_diffusion.generation.request import Request
 from lora_diffusion.generation.samplers import SAMPLERS
 from webui.components.html import said
+from webui.pages.base_choice import offer_bases
 from webui.pages.events import QUICK
-from webui.pages.generate.layout import Controls, Fields, Results, add_choices
+from webui.pages.generate.layout import Controls, Fields, Results, add_choices, size_choices
 from webui.pages.generate.ordering import Orders
 from webui.pages.generate.prompt import show_stack
-from webui.services.drawing_form import FIRST_PROMPT, DrawingForm
+from webui.services.bases import Base, base_of_run
+from webui.services.drawing_form import FIRST_PROMPT, DrawingForm, fields_from_json
 from webui.services.gallery import Picture
 from webui.services.infotext_file import read_settings
 from webui.services.site import Site
@@ -25,7 +27,15 @@ from webui.services.studio import with_tags
 from webui.services.trash import move_to_trash
 from webui.translate import Translator
 
+KEPT = """async (_, ...chosen) => {
+    while (!window.loraDiffusion) await new Promise((resolve) => setTimeout(resolve, 20));
+    return [window.loraDiffusion.drawing.kept(), ...chosen];
+}"""
+OPENED = "(...values) => window.loraDiffusion.drawing.opened(...values)"
+KEEP = "(...values) => window.loraDiffusion?.drawing.keep(...values) ?? []"
+
 NUM_FIELDS = len(fields_of(Fields))
+_WIDTH, _HEIGHT = ([field.name for field in fields_of(Fields)].index(name) for name in ("width", "height"))
 UNCHANGED: list[object] = [gr.skip()] * (NUM_FIELDS + 2)
 """Fields, stack and size as they are."""
 
@@ -36,7 +46,16 @@ def connect(site: Site, t: Translator, demo: gr.Blocks, controls: Controls, resu
     filled = [*controls.fields.all(), controls.stack, controls.size]
     results.gallery.select(handlers.act_on_picture, controls.base, [*filled, controls.said], **QUICK)
     controls.dropped.upload(handlers.open_png, controls.dropped, [*filled, controls.said, controls.dropped], **QUICK)
-    demo.load(handlers.open_page, controls.fields.prompt, [*filled, controls.add], **QUICK)
+    remembered = controls.remembered()
+    demo.load(
+        handlers.open_page,
+        [controls.kept, controls.base, controls.fields.prompt],
+        [*filled, controls.add, controls.base],
+        js=KEPT,
+        **QUICK,
+    ).then(None, remembered, None, js=OPENED, api_visibility="private")
+    changes = [field.change for field in remembered]  # pyright: ignore[reportAttributeAccessIssue]
+    gr.on(changes, None, remembered, None, js=KEEP, api_visibility="private")
 
 
 @dataclass(frozen=True)
@@ -121,8 +140,11 @@ class Opening:
         request, unknown = self.site.studio.settle(parameters)
         return [*self.fill(request), self._about(request, unknown, Path(file).name), None]
 
-    def open_page(self, text: str, request: gr.Request) -> list[object]:
-        """With the adapter of the address, or else the settings of the newest picture. Last: what can be added."""
+    def open_page(self, kept: str, base_id: str | None, text: str, request: gr.Request) -> list[object]:
+        """With what the address names, or what the browser kept, or else the settings of the newest picture.
+
+        Last: the adapters that can be added, and the bases.
+        """
         studio = self.site.studio
         adapters = studio.library.adapters()
         names = [adapter.name for adapter in adapters if not adapter.facts.error]
@@ -130,17 +152,37 @@ class Opening:
         wanted = request.query_params.get("adapter")
         adapter = next((it for it in adapters if it.id == wanted), None)
         newest = next((it for it in studio.gallery.newest(8) if it.parameters), None)
+        fields = fields_from_json(kept)
+        run = self.site.places.root / adapter.run if adapter and adapter.run else None
+        trained_on = base_of_run(self.site.places, run) if run else ""
+        bases, base = offer_bases(self.site, trained_on, str(fields.get("base")), base_id)
         values = list(UNCHANGED)
+        if fields:
+            values = self._fill_kept(fields, base)
+            text = str(fields.get("prompt", text))
+        elif adapter is None and newest is not None and newest.parameters is not None:
+            settled, _ = studio.settle(newest.parameters)
+            values, text = self.fill(settled), settled.prompt
+            values[NUM_FIELDS - 1] = gr.skip()  # whether seeds are random stays as it was
         if adapter is not None:
             words = [adapter.facts.trigger] if adapter.facts.trigger else []
             text = with_tags(", ".join([*words, FIRST_PROMPT]), {adapter.name: 1.0})
             values[0] = text
-        elif newest is not None and newest.parameters is not None:
-            settled, _ = studio.settle(newest.parameters)
-            values, text = self.fill(settled), settled.prompt
-            values[NUM_FIELDS - 1] = gr.skip()  # whether seeds are random stays as it was
+        if base is not None and base.id == trained_on:
+            values[_WIDTH], values[_HEIGHT] = base.sizes[0]
+            values[-1] = self._size_list(base, base.sizes[0])
         values[NUM_FIELDS] = show_stack(self.site, self.t, text)
-        return [*values, choices]
+        return [*values, choices, bases]
+
+    def _fill_kept(self, kept: Mapping[str, object], base: Base | None) -> list[object]:
+        """As `fill`, from what the browser kept."""
+        values = [kept.get(field.name, gr.skip()) for field in fields_of(Fields)]
+        size = self._size_list(base, (kept.get("width"), kept.get("height"))) if base else gr.skip()
+        return [*values, gr.skip(), size]
+
+    def _size_list(self, base: Base, size: tuple[object, object]) -> gr.Dropdown:
+        value = f"{size[0]}x{size[1]}" if size in base.sizes else ""
+        return gr.Dropdown(choices=size_choices(self.t, base), value=value)
 
     def _about(self, request: Request, unknown: Sequence[str], name: str) -> str:
         """What of the settings is not here: adapters, the sampler. Else what was opened, if it has a name."""

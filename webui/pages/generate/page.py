@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gradio as gr
 
-from webui.pages.base_choice import follow_bases
 from webui.pages.generate import opening, ordering, prompt, results
 from webui.pages.generate.layout import make_controls, make_results
 from webui.services.bases import bases
@@ -19,7 +18,6 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
             controls = make_controls(t, bases(site.places))
         with gr.Column(scale=6, min_width=320, elem_classes="results"):
             shown = make_results(t)
-    follow_bases(site, demo, controls.base)
     prompt.connect(site, t, controls)
     ordering.connect(site, t, demo, controls, shown)
     results.connect(site, t, demo, controls, shown)
