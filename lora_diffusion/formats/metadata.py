@@ -122,6 +122,18 @@ BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
 """`ss_base_model_version` where nothing more is known than the family."""
 
 
+def frequent_tags(metadata: Mapping[str, str], limit: int) -> list[str]:
+    """The tags that a file's training captions had most often; none where other programs wrote what cannot be read."""
+    counts: Counter[str] = Counter()
+    try:
+        for tags in json.loads(metadata.get("ss_tag_frequency", "{}")).values():
+            counts.update({str(tag).strip()[:200]: int(count) for tag, count in tags.items()})
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        return []
+    del counts[""]
+    return [tag for tag, _ in counts.most_common(limit)]
+
+
 def network_metadata(
     geometries: Mapping[str, Geometry], alphas: Mapping[str, float], family: str, given: Mapping[str, str]
 ) -> dict[str, str]:

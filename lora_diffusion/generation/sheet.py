@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 NONE = "none"
 """The value of the axes adapter and checkpoint that stands for the base alone."""
 MAX_CELLS = 400
-MAX_PROMPT_LENGTH = 10_000  # characters after the axis prompt has replaced its term
+MAX_PROMPT_LENGTH = 10_000  # characters, of one that is typed and of one in which the axis prompt has replaced its term
 
 
 @dataclass(frozen=True)
@@ -209,6 +209,10 @@ def _number(text: str, axis: str) -> float:
 
 
 def _whole(text: str, axis: str) -> int:
+    try:
+        return int(text)  # a seed may have more digits than a float keeps
+    except ValueError:
+        pass
     value = _number(text, axis)
     if not value.is_integer():
         raise UserError(f"The axis {axis} has the value {format_number(value)}, which is no whole number.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from lora_diffusion.container import read_header
 from lora_diffusion.errors import UserError
 from lora_diffusion.formats.layout import layout_of
+from lora_diffusion.formats.metadata import frequent_tags
 from lora_diffusion.generation.library import HASH_KEY
 
 _NUM_TAGS = 8
@@ -56,11 +56,4 @@ def trigger_words(metadata: Mapping[str, str]) -> list[str]:
     phrase = metadata.get("modelspec.trigger_phrase", "").strip()
     if phrase:
         return [phrase[:200]]
-    try:
-        by_folder = json.loads(metadata.get("ss_tag_frequency", "{}"))
-        counts: Counter[str] = Counter()
-        for tags in by_folder.values():
-            counts.update({str(tag).strip()[:200]: int(count) for tag, count in tags.items()})
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
-        return []  # free text of other programs
-    return [tag for tag, _ in counts.most_common(_NUM_TAGS) if tag]
+    return frequent_tags(metadata, _NUM_TAGS)

@@ -35,6 +35,7 @@ def requests(x: str, y: str | None = None, z: str | None = None) -> list[Request
         ("checkpoint=ink-1,none", [{"adapters": {"ink-1": 0.8, "neon": 0.5}}, {"adapters": {"neon": 0.5}}]),
         ("adapter=ink+neon:0.3,none", [{"adapters": {"ink": 1, "neon": 0.3}}, {"adapters": {}}]),
         ("seed=3,4", [{"seed": 3}, {"seed": 4}]),
+        (f"seed={2**53 + 1},2e3", [{"seed": 2**53 + 1}, {"seed": 2000}]),
         ("cfg=1,7.5", [{"cfg": 1}, {"cfg": 7.5}]),
         ("steps=2,3", [{"steps": 2}, {"steps": 3}]),
         ("sampler=ddim,euler", [{"sampler": "ddim"}, {"sampler": "euler"}]),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import io
 import os
 import shutil
 import threading
@@ -10,11 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from lora_diffusion.container import read_header, with_metadata
 from lora_diffusion.errors import UserError
-from lora_diffusion.formats.metadata import legacy_hash
 from lora_diffusion.generation.infotext import png_bytes, read_parameters, save_png, write_parameters
 from lora_diffusion.generation.request import Request, take_out_tags
 from lora_diffusion.workspace import Workspace
@@ -134,6 +136,14 @@ def test_two_thousand_files_are_listed_within_two_seconds_once_they_are_known(pl
 
     assert len(found) == 2000
     assert time.monotonic() - start < 2.0
+
+
+def test_tags_that_cannot_be_counted_hide_no_file(places: Places, library: Library) -> None:
+    path = places.root / "adapters" / "odd.safetensors"
+    for tags in ('{"a": {"t": 1e400}}', "[" * 200_000, '{"a": {"": 3, "cat": 2}}'):
+        path.write_bytes(with_metadata(INK.read_bytes(), {"ss_tag_frequency": tags}))
+        facts = library.named("odd").facts
+        assert (facts.error, facts.tags) == ("", ("cat",) if "cat" in tags else ())
 
 
 def test_the_library_is_filtered_by_family_tag_and_words(places: Places, library: Library) -> None:
@@ -272,7 +282,10 @@ def test_a_merge_that_was_looked_at_is_saved_as_if_merged_under_its_new_name(pla
 
     saved, data = read_header(target), target.read_bytes()
     renamed = {"ss_output_name": "my mix", "modelspec.title": "my mix"}
-    assert saved.metadata == metadata | renamed | {"sshs_legacy_hash": legacy_hash(data, saved.metadata)}
+    hashed = {key: text for key, text in (metadata | renamed).items() if key.startswith("ss_")}
+    hashed = with_metadata(data, hashed)[0x100000:0x110000]
+    legacy_hash = hashlib.sha256(hashed).hexdigest()[:8]
+    assert saved.metadata == metadata | renamed | {"sshs_legacy_hash": legacy_hash}
     assert data[saved.data_start :] == INK.read_bytes()[read_header(INK).data_start :]
     assert not previewed.exists()
 
@@ -375,6 +388,12 @@ def test_the_gallery_shows_its_folder_only(places: Places) -> None:
         assert gallery.find(id) is None
 
 
+def test_a_picture_with_a_tag_that_is_none_does_not_break_the_gallery(places: Places) -> None:
+    places.workspace.pictures.mkdir()
+    save_png(Image.new("RGB", (8, 8)), places.workspace.pictures / "odd.png", "x <lora:ink:0.5:0.7>\nSteps: 1")
+    assert [picture.parameters for picture in Gallery(places).newest()] == [None]
+
+
 def test_settings_of_a_picture_find_an_adapter_by_its_hash_and_list_unknown_ones(
     places: Places, library: Library
 ) -> None:
@@ -426,6 +445,16 @@ def test_a_thumbnail_in_a_file_is_drawn_anew_and_nothing_else_is_sent(places: Pl
     path.write_bytes(with_metadata(INK.read_bytes(), {"modelspec.thumbnail": script}))
     with pytest.raises(UserError):
         thumbnail_of(site, "adapters/a.safetensors", 320)
+
+
+def test_a_photo_that_its_camera_turned_is_upright_as_a_thumbnail(tmp_path: Path) -> None:
+    from webui.services.thumbnails import data_uri
+
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (60, 30), "red").save(tmp_path / "a.jpg", exif=turned)
+    content = base64.b64decode(data_uri(tmp_path / "a.jpg").partition(",")[2])
+    assert Image.open(io.BytesIO(content)).size == (30, 60)
 
 
 def _now(desk: Desk, drawing: Drawing) -> Drawing:

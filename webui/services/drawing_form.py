@@ -10,9 +10,8 @@ from dataclasses import dataclass, fields, replace
 from lora_diffusion.errors import UserError
 from lora_diffusion.generation.request import Request, resolve_tags
 from lora_diffusion.generation.samplers import SAMPLERS
-from lora_diffusion.generation.sheet import AXES, Axis, Sheet, parse_axis
+from lora_diffusion.generation.sheet import AXES, MAX_PROMPT_LENGTH, Axis, Sheet, parse_axis
 
-MAX_PROMPT = 10_000
 MAX_SIDE_PX = 2048
 FIRST_PROMPT = "a red house under a yellow sun"
 """What the shipped base and adapters can draw."""
@@ -43,8 +42,8 @@ class DrawingForm:
 
     def request(self) -> Request:
         """The first picture; a random seed is drawn here. Tags have moved from the prompt to the adapters."""
-        if len(self.prompt) > MAX_PROMPT or len(self.negative) > MAX_PROMPT:
-            raise UserError(f"A prompt has at most {MAX_PROMPT} characters.")
+        if len(self.prompt) > MAX_PROMPT_LENGTH or len(self.negative) > MAX_PROMPT_LENGTH:
+            raise UserError(f"A prompt has at most {MAX_PROMPT_LENGTH} characters.")
         seed = secrets.randbelow(2**32) if self.seed_mode == "random" else _whole(self.seed, "Seed", 0, 2**62)
         return resolve_tags(
             Request(
@@ -68,7 +67,7 @@ def fields_from_json(text: str) -> dict[str, object]:
     """What a browser kept of the base and the fields, by name. What a field cannot hold is left out."""
     names = ("base", *(field.name for field in fields(DrawingForm)))
     try:
-        values = json.loads(text) if len(text) < 10 * MAX_PROMPT else []
+        values = json.loads(text) if len(text) < 10 * MAX_PROMPT_LENGTH else []
     except (ValueError, RecursionError):
         return {}
     if not isinstance(values, list) or len(values) != len(names):
@@ -83,7 +82,7 @@ def _is_value(name: str, value: object) -> bool:
         case "seed_mode":
             return value in SEED_MODES
         case "base" | "prompt" | "negative":
-            return isinstance(value, str) and len(value) <= MAX_PROMPT
+            return isinstance(value, str) and len(value) <= MAX_PROMPT_LENGTH
         case _:
             return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.container import read_header, with_metadata
+from lora_diffusion.container import header_bytes, read_header, with_metadata
 from lora_diffusion.errors import UserError
 from lora_diffusion.files import write_bytes_atomically
 from lora_diffusion.formats.metadata import legacy_hash
@@ -106,10 +106,11 @@ class FileTools:
 
     def keep_preview(self, previewed: Path, target: Path) -> None:
         """Make a previewed file the adapter `target`, as if it had been merged under that name."""
-        data = previewed.read_bytes()
-        names = {"ss_output_name": target.stem, "modelspec.title": target.stem}
-        metadata = {**read_header(previewed).metadata, **names}
-        metadata["sshs_legacy_hash"] = legacy_hash(data, metadata)
+        data, header = previewed.read_bytes(), read_header(previewed)
+        metadata = {**header.metadata, "ss_output_name": target.stem, "modelspec.title": target.stem}
+        kept = {key: text for key, text in metadata.items() if key.startswith("ss_")}
+        pieces = [memoryview(data)[header.data_start :]]
+        metadata["sshs_legacy_hash"] = legacy_hash(header_bytes(header.tensors, kept), pieces)
         write_bytes_atomically(target, with_metadata(data, metadata))
         previewed.unlink()
 

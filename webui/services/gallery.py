@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from lora_diffusion.errors import UserError
-from lora_diffusion.generation.infotext import Parameters, ParametersError, read_parameters
+from lora_diffusion.generation.infotext import Parameters, read_parameters
 from webui.services.places import Places
 
 SHOWN = 60
@@ -87,5 +87,5 @@ def _read_picture(id: str, path: Path) -> Picture | None:
 def _parameters(text: object) -> Parameters | None:
     try:
         return read_parameters(text) if isinstance(text, str) and text else None
-    except ParametersError:
+    except UserError:  # written by hand, or by another program
         return None

@@ -19,6 +19,7 @@ from lora_diffusion.errors import UserError
 from lora_diffusion.files import write_text_atomically
 from lora_diffusion.formats.families import FAMILY_WIDTHS, family_of_metadata
 from lora_diffusion.formats.layout import layout_of
+from lora_diffusion.formats.metadata import frequent_tags
 from lora_diffusion.generation.request import adapter_name
 from lora_diffusion.jobs.release import step_of
 from webui.services.places import Places
@@ -220,14 +221,7 @@ def tags_of(metadata: Mapping[str, str], limit: int = 12) -> tuple[str, ...]:
     given = [tag.strip() for tag in metadata.get("modelspec.tags", "").split(",") if tag.strip()]
     if given:
         return tuple(given[:limit])
-    counts: dict[str, int] = {}
-    try:
-        for folder in json.loads(metadata.get("ss_tag_frequency", "{}")).values():
-            for tag, count in folder.items():
-                counts[tag.strip()] = counts.get(tag.strip(), 0) + int(count)
-    except (ValueError, TypeError, AttributeError):
-        return ()
-    return tuple(sorted((tag for tag in counts if tag and len(tag) < 40), key=lambda tag: -counts[tag])[:limit])
+    return tuple(tag for tag in frequent_tags(metadata, limit) if len(tag) < 40)  # a longer one is a sentence
 
 
 def matching(

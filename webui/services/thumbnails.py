@@ -7,7 +7,7 @@ import binascii
 import io
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lora_diffusion.container import read_header
 from lora_diffusion.data.images import FORMATS
@@ -48,7 +48,7 @@ def picture_of(site: Site, adapter: Adapter) -> Path | None:
 def data_uri(path: Path) -> str:
     """A picture as ModelSpec's `thumbnail`: a JPEG of at most 256 px in a data URI."""
     with Image.open(path, formats=FORMATS) as image:
-        small = image.convert("RGB")
+        small = ImageOps.exif_transpose(image).convert("RGB")
     small.thumbnail((SIDE_PX, SIDE_PX))
     file = io.BytesIO()
     small.save(file, "JPEG", quality=88)
@@ -71,7 +71,7 @@ def _encode(data: bytes) -> bytes:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise UserError("The picture is too large to be shown.")
-            small = image.convert("RGB")
+            small = ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError):
         raise PictureError("The file's thumbnail cannot be read.") from None
     small.thumbnail((512, 512))

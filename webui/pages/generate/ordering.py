@@ -8,7 +8,6 @@ from typing import Any
 import gradio as gr
 
 from lora_diffusion.errors import UserError
-from lora_diffusion.generation.request import resolve_tags
 from webui.components.html import duration, html, said
 from webui.pages.events import QUICK
 from webui.pages.generate.layout import Controls, Results
@@ -68,7 +67,7 @@ class Orders:
     def grid(self, base_id: str, xn: str, xv: str, yn: str, yv: str, *values: Any) -> str:
         try:
             sheet = DrawingForm(*values).sheet((xn, xv), (yn, yv))
-            requests = [resolve_tags(cell.request) for cell in sheet.cells()]
+            requests = [cell.request for cell in sheet.cells()]
             self.site.studio.desk.add("sheet", self._base(base_id), requests, sheet)
         except UserError as error:
             return said(str(error), bad=True)
