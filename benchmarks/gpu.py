@@ -93,7 +93,7 @@ def measure(case: Case, task: Task, launch: Launch, profile: Path | None = None)
     peaks.append(_peak())
     if profile is not None:
         _profile(trainer, profile)
-    trainer.end_quietly()  # the training is left before its end
+    trainer.end_steps()  # the training is left before its end
     return {
         "case": case.name,
         "launch": trainer.plan.launch,

@@ -142,7 +142,7 @@ def measure_on_gpu(model: DiffusionModel, configs: list[TrainConfig], rounds: in
         trainer = build_on(SharedBase(model), config, run, make_accelerator(config), resume=False, is_shared=True)
         trainer.begin()
         apart.append(_seconds_per_step(trainer.train_step, rounds))
-        trainer.end_quietly()
+        trainer.end_steps()
         eject(model.unet, trainer.exporter.adapters["unet"])
         del trainer
         gc.collect()  # the graph's memory, too

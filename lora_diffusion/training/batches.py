@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from traceback import clear_frames
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from lora_diffusion.diffusion.noise import draw_noise
 from lora_diffusion.diffusion.schedule import sample_timestep
 from lora_diffusion.models.base import size_numbers
 from lora_diffusion.streams import stream, stream_seed
+from lora_diffusion.training.signals import STOP_SIGNALS
 
 
 @dataclass(frozen=True)
@@ -153,18 +156,42 @@ def sample_sizes(sample: Sample, flipped: bool = False) -> Tensor:
     return torch.tensor(size_numbers(sample.size, (left, top), sample.bucket), dtype=torch.float32)
 
 
-def load_batches(source: BatchSource, start: int, stop: int, workers: int) -> DataLoader[Batch]:
-    """Micro-batches `start` to `stop` in order, made by `workers` processes ahead of time (0: in this process)."""
-    indices: Any = range(start, stop)  # any iterable of indices will do; the library's annotation asks for a Sampler
-    return DataLoader(
-        source,
-        batch_size=None,
-        sampler=indices,
-        num_workers=workers,
-        collate_fn=_as_is,
-        # A loader seeds its workers from this generator; left out, it would draw from the global one.
-        generator=stream(source.seed, "loader"),
-    )
+class LoadedBatches(Iterator[Batch]):
+    """Micro-batches `start` to `stop` in order, made by `workers` processes ahead of time (0: in this process).
+
+    Close it: the workers ignore signals, and Python would wait for them for ever before it ends.
+    """
+
+    def __init__(self, source: BatchSource, start: int, stop: int, workers: int) -> None:
+        indices: Any = range(start, stop)  # any iterable of indices will do; the annotation asks for a Sampler
+        loader: DataLoader[Batch] = DataLoader(
+            source,
+            batch_size=None,
+            sampler=indices,
+            num_workers=workers,
+            collate_fn=_as_is,
+            worker_init_fn=_leave_signals_to_trainer,
+            # A loader seeds its workers from this generator; left out, it would draw from the global one.
+            generator=stream(source.seed, "loader"),
+        )
+        self._batches: Iterator[Batch] = iter(loader)
+
+    def __next__(self) -> Batch:
+        try:
+            return next(self._batches)
+        except BaseException as error:
+            clear_frames(error.__traceback__)  # they hold the loader's iterator, with which the workers end
+            raise
+
+    def close(self) -> None:
+        """End the workers; there is no further batch."""
+        self._batches = iter(())
+
+
+def _leave_signals_to_trainer(_worker: int) -> None:
+    """What ends a run is often sent to all its processes. The trainer stops with care, and still needs its batches."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_is(batch: Any) -> Any:

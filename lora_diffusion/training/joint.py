@@ -74,11 +74,11 @@ class JointTrainer:
     def end(self) -> None:
         """No further step is made."""
         for _, trainer in self._now():
-            trainer.end_quietly()
+            trainer.end_steps()
 
     def _leave(self, number: int) -> None:
         self._active.pop(number, None)
-        self.members[number].end_quietly()
+        self.members[number].end_steps()
 
     def _alone(self, number: int, action: Callable[[], T]) -> T | None:
         """Do one member's own work: the model then holds its adapter alone, and an error ends this member only."""

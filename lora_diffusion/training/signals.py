@@ -13,6 +13,8 @@ from types import FrameType
 logger = logging.getLogger(__name__)
 
 INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
+STOP_SIGNALS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+"""Those that ask a program to end; Windows has no SIGHUP."""
 
 
 class StopRequest:
@@ -33,13 +35,12 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        earlier = {name: signal.signal(getattr(signal, name), self._on_signal) for name in names}
+        earlier = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
         try:
             yield
         finally:
-            for name, handler in earlier.items():
-                signal.signal(getattr(signal, name), handler)
+            for number, handler in earlier.items():
+                signal.signal(number, handler)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         name = signal.Signals(number).name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from lora_diffusion.data.cache import TextCache
 from lora_diffusion.errors import RunError, UserError
 from lora_diffusion.models.base import Conditioning
 from lora_diffusion.runs import RunFolder
-from lora_diffusion.training.batches import Batch, BatchSource, load_batches
+from lora_diffusion.training.batches import Batch, BatchSource, LoadedBatches
 from lora_diffusion.training.checkpoint import Checkpoint, save_checkpoint
 from lora_diffusion.training.export import Exporter
 from lora_diffusion.training.heartbeat import kept_alive
@@ -70,7 +70,7 @@ class Trainer:
     _optimizer: torch.optim.Optimizer = field(init=False)
     _metrics: MetricsFile = field(init=False)
     _console: Console = field(init=False)
-    _batches: Iterator[Batch] = field(init=False)
+    _batches: LoadedBatches = field(init=False)
     _quiet: QuietLoop | None = field(default=None, init=False)
     _quiet_step: QuietStep | None = field(default=None, init=False)
     _seconds_per_step: float = field(default=0.0, init=False)
@@ -91,7 +91,7 @@ class Trainer:
                     self.train_step()
                 self._settle()
         finally:
-            self.end_quietly()
+            self.end_steps()
         return self.finish()
 
     def begin(self) -> None:
@@ -105,7 +105,7 @@ class Trainer:
         if self.step == 0:
             self._draw_previews()
         first, last = self.step * self.plan.accumulation, self.plan.steps * self.plan.accumulation
-        self._batches = iter(load_batches(self.source, first, last, self.plan.loader_workers))
+        self._batches = LoadedBatches(self.source, first, last, self.plan.loader_workers)
 
     def is_over(self) -> bool:
         return self.step >= self.plan.steps or self._should_stop()
@@ -208,11 +208,12 @@ class Trainer:
         self._settle(0 if validation else _STEPS_AHEAD, validation)
         self._measure_speed(time.perf_counter() - started)
 
-    def end_quietly(self) -> None:
-        """No further step is launched; the thread that makes batches ends."""
+    def end_steps(self) -> None:
+        """No further step is made; the thread and the processes that make batches end."""
         if self._quiet is not None:
             self._quiet.close()
             self._quiet = self._quiet_step = None
+        self._batches.close()
 
     def _settle(self, owed: int = 0, last: dict[str, float] | None = None) -> None:
         """Log the steps whose values have arrived; wait until at most `owed` are missing. Nothing is kept before.
@@ -227,7 +228,7 @@ class Trainer:
             for value, what in ((reading.loss, "loss"), (reading.grad_norm, "gradient norm")):
                 if not math.isfinite(value):
                     self.step = step - 1  # nothing has been changed since
-                    self.end_quietly()
+                    self.end_steps()
                     self._check_finite(value, what, reading.lr, reading.batches)
             values = {"loss": reading.loss, "lr": reading.lr, "grad_norm": reading.grad_norm}
             self._log(step, values | (last or {}) if step == self.step else values)

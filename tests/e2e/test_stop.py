@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from lora_diffusion.runs import RunFolder
 from tests.training_runs import draw_pictures, launch, prepare, write_config
 
 
-@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "control"])
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "control", "to all"])
 def test_stopped_run_saves_and_exits_with_0(tiny_sd1: Path, tmp_path: Path, how: str) -> None:
     pictures = draw_pictures(tmp_path / "pictures")
-    config = write_config(tmp_path / "run.toml", tiny_sd1, pictures, run={"steps": 5000})
+    config = write_config(tmp_path / "run.toml", tiny_sd1, pictures, run={"steps": 5000, "loader_workers": 2})
     process = launch(config)
     state = tmp_path / "run" / "state.json"
     deadline = time.monotonic() + 120
@@ -25,10 +25,16 @@ def test_stopped_run_saves_and_exits_with_0(tiny_sd1: Path, tmp_path: Path, how:
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline
         time.sleep(0.1)
+    trainer = psutil.Process(json.loads(state.read_text())["pid"])
     if how == "control":
         (tmp_path / "run" / "control" / "stop").touch()
+    elif how == "to all":  # as systemd, Slurm and the queue do
+        workers = trainer.children()
+        assert len(workers) == 2
+        for member in (*workers, trainer):
+            member.send_signal(signal.SIGTERM)
     else:
-        os.kill(json.loads(state.read_text())["pid"], getattr(signal, how))
+        trainer.send_signal(getattr(signal, how))
     output, _ = process.communicate(timeout=60)
 
     assert process.returncode == 0, output

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +12,7 @@ import pytest
 import torch
 
 from lora_diffusion.data.buckets import Bucket, Crop, Fit, Size, fit
-from lora_diffusion.training.batches import Batch, BatchSource, Share, load_batches, sample_sizes
+from lora_diffusion.training.batches import Batch, BatchSource, LoadedBatches, Share, sample_sizes
 from tests.training_runs import draw_pictures, prepare, write_config
 
 
@@ -71,10 +74,37 @@ def test_a_folder_in_two_tables_has_noise_and_timesteps_of_its_own_in_each(tiny_
 
 
 def test_number_of_workers_changes_nothing(source: BatchSource) -> None:
-    alone = list(load_batches(source, 3, 9, workers=0))
-    helped = list(load_batches(source, 3, 9, workers=2))
+    alone = list(LoadedBatches(source, 3, 9, workers=0))
+    helped = list(LoadedBatches(source, 3, 9, workers=2))
     assert len(alone) == 6
     assert all(_equal(a, b) for a, b in zip(alone, helped, strict=True))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows ends processes without asking them")
+def test_workers_outlive_signals_that_are_sent_to_all_processes_of_a_run(source: BatchSource) -> None:
+    batches = LoadedBatches(source, 0, 20, workers=2)
+    drawn = [next(batches)]
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.kill(worker.pid, number)
+    drawn += list(batches)
+    assert all(_equal(batch, source[index]) for index, batch in enumerate(drawn))
+    assert len(drawn) == 20
+
+
+def test_workers_end_with_the_training_also_after_an_error_that_somebody_keeps(source: BatchSource) -> None:
+    broken = BatchSource(source.samples, source.sources, source.batches, source.latents, source.draw, source.share)
+    broken.sources = []  # every caption is looked for in vain
+    batches = LoadedBatches(broken, 0, 20, workers=2)
+    with pytest.raises(IndexError) as error:
+        next(batches)
+    assert multiprocessing.active_children()
+    batches.close()
+    assert multiprocessing.active_children() == []
+    assert "_is_flipped" in str(error.value), "the traceback of the worker"
+    assert list(batches) == []
 
 
 def test_two_processes_together_see_what_one_sees(source: BatchSource) -> None:
