@@ -12,7 +12,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
@@ -202,14 +202,16 @@ class RunFolder:
         name = next(name for name, meaning in CONTROL_FILES.items() if meaning == control)
         write_json_atomically(self.control / name, {"time": time.time(), **(content or {})})
 
-    def take_control(self) -> dict[Control, dict[str, Any]]:
+    def take_control(self, of: Collection[Control] = get_args(Control)) -> dict[Control, dict[str, Any]]:
         """What was asked since the last call, with its content. Each request is returned once: its file is deleted.
 
-        A file that is no JSON object is a request without content if it is empty (as `touch` makes it), or else left
-        out with a warning.
+        of: what is looked for; the rest stays. A file that is no JSON object is a request without content if it is
+        empty (as `touch` makes it), or else left out with a warning.
         """
         taken: dict[Control, dict[str, Any]] = {}
         for name, control in CONTROL_FILES.items():
+            if control not in of:
+                continue
             path = self.control / f".taken-{name}"
             try:  # moved first, so that a request made while this one is read is not lost
                 (self.control / name).replace(path)

@@ -26,9 +26,8 @@ from lora_diffusion.recipe_data import SharedBase
 from lora_diffusion.runs import RunFolder, RunState
 from lora_diffusion.sweep_pictures import draw_contact_sheet, draw_losses
 from lora_diffusion.training.joint import JointTrainer
-from lora_diffusion.training.signals import StopRequest
 from lora_diffusion.training.trainer import Trainer
-from lora_diffusion.training_run import begin_recorded, leave_behind, recorded
+from lora_diffusion.training_run import before_first_step, begin_recorded, end_untrained, leave_behind, recorded
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +65,13 @@ class _Run:
             self._open.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)
         except (RunError, UserError) as told:
             self.error = told
+
+    def give_up(self) -> None:
+        """Before the first step: nothing was trained."""
+        if not self.is_over:
+            with _speaking(self.name):
+                end_untrained(self.folder)
+                self.close()
 
 
 def run_sweep(members: Sequence[Member], folder: Path, *, resume: bool) -> None:
@@ -123,10 +129,16 @@ def _train(runs: Sequence[_Run]) -> None:
         for run in runs:
             with _speaking(run.name), _blamed(run.member):
                 run.open()
-        with _device(runs, make_accelerator(config).device):
-            _train_together([run for run in runs if not run.is_over])
-    except NoLongerWanted:  # all were stopped, and say so
-        return
+        with ExitStack() as held:
+            with before_first_step():
+                held.enter_context(_device(runs, make_accelerator(config).device))
+                wanted = [run for run in runs if not run.is_over]
+                layout = JointLayout()
+                trainers = _build(wanted, layout)
+            _train_together(wanted, trainers, layout)
+    except NoLongerWanted:
+        for run in runs:
+            run.give_up()
     except BaseException as error:  # of the whole sweep: every member that is left says so
         left = [run for run in runs if not run.is_over]
         for run in left:
@@ -140,25 +152,19 @@ def _train(runs: Sequence[_Run]) -> None:
 @contextmanager
 def _device(runs: Sequence[_Run], device: torch.device) -> Iterator[None]:
     """Hold the device if whoever started this process wants that. A run that is stopped while waiting for it ends."""
-    stop = StopRequest()
 
     def should_stop() -> bool:
         for run in runs:
-            if not run.is_over and (stop or "stop" in run.folder.take_control()):
-                with _speaking(run.name):
-                    run.folder.end("stopped")
-                    logger.info("Stopped while waiting for the device; nothing was trained.")
-                    run.close()
+            if "stop" in run.folder.take_control():
+                run.give_up()
         return all(run.is_over for run in runs)
 
-    with ExitStack() as held:
-        with stop.listen():
-            what = f"a sweep of {len(runs)} runs, the first {runs[0].name}"
-            held.enter_context(shared_device(device.type, device.index, what, should_stop))
+    what = f"a sweep of {len(runs)} runs, the first {runs[0].name}"
+    with shared_device(device.type, device.index, what, should_stop):
         yield
 
 
-def _train_together(runs: Sequence[_Run]) -> None:
+def _train_together(runs: Sequence[_Run], trainers: Sequence[Trainer], layout: JointLayout) -> None:
     def speaking(number: int) -> AbstractContextManager[None]:
         return _speaking(runs[number].name)
 
@@ -170,9 +176,9 @@ def _train_together(runs: Sequence[_Run]) -> None:
         runs[number].close(error)
         logger.error("%s The other runs go on.", runs[number].error)
 
-    layout = JointLayout()
-    trainers = _build(runs, layout)
-    JointTrainer(trainers, layout, speaking, on_end, on_failure).fit()
+    together = JointTrainer(trainers, layout, speaking, on_end, on_failure)
+    with together.stop.listen():
+        together.fit()
 
 
 def _build(runs: Sequence[_Run], layout: JointLayout) -> list[Trainer]:

@@ -22,7 +22,7 @@ from lora_diffusion.recipe import build, make_accelerator
 from lora_diffusion.runs import RunFolder
 from lora_diffusion.training.export import write_model_card
 from lora_diffusion.training.memory import is_out_of_memory
-from lora_diffusion.training.signals import StopRequest
+from lora_diffusion.training.signals import ends_at_once
 from lora_diffusion.training.tracking import latest_per_step, read_metrics
 from lora_diffusion.training.trainer import Trainer
 
@@ -36,7 +36,7 @@ KIND_NAMES = {"lora": "LoRA", "dora": "DoRA", "loha": "LoHa", "lokr": "LoKr"}
 def run_training(config: TrainConfig, *, resume: bool) -> Path | None:
     """Train `config` in its run folder and return the adapter file. Raises UserError or RunError.
 
-    None: it had to wait for the device, and was asked to stop before it got it.
+    None: it was asked to stop before its first step.
     Of several processes only the main one locks, writes and speaks.
     """
     accelerator = make_accelerator(config)
@@ -50,12 +50,31 @@ def run_training(config: TrainConfig, *, resume: bool) -> Path | None:
     ):
         accelerator.wait_for_everyone()
         try:
-            with _device(config, run, accelerator) if is_main else nullcontext():
-                return _train(config, run, accelerator, resume=resume)
+            with ExitStack() as held:
+                with before_first_step():
+                    if is_main:
+                        held.enter_context(_device(config, run, accelerator))
+                    trainer = build(config, run, accelerator, resume=resume, track=bar if is_main else silent)
+                return _train(config, trainer, is_main=is_main)
         except NoLongerWanted:
-            run.end("stopped")
-            logger.info("Stopped while waiting for the device; nothing was trained.")
+            if is_main:
+                end_untrained(run)
             return None
+
+
+@contextmanager
+def before_first_step() -> Iterator[None]:
+    """Inside, a signal ends at once what is going on, and NoLongerWanted is raised."""
+    try:
+        with ends_at_once():
+            yield
+    except KeyboardInterrupt as interruption:
+        raise NoLongerWanted from interruption
+
+
+def end_untrained(run: RunFolder) -> None:
+    run.end("stopped")
+    logger.info("Stopped before the first step; nothing was trained.")
 
 
 @contextmanager
@@ -77,14 +96,13 @@ def recorded(
         yield
 
 
-def _train(config: TrainConfig, run: RunFolder, accelerator: Accelerator, *, resume: bool) -> Path:
-    is_main = accelerator.is_main_process
-    trainer = build(config, run, accelerator, resume=resume, track=bar if is_main else silent)
-    if is_main:
-        begin_recorded(config, trainer)
-    adapter = trainer.fit()
-    if is_main:
-        leave_behind(config, trainer, adapter)
+def _train(config: TrainConfig, trainer: Trainer, *, is_main: bool) -> Path:
+    with trainer.stop.listen():
+        if is_main:
+            begin_recorded(config, trainer)
+        adapter = trainer.fit()
+        if is_main:
+            leave_behind(config, trainer, adapter)
     return adapter
 
 
@@ -97,16 +115,9 @@ def begin_recorded(config: TrainConfig, trainer: Trainer) -> None:
 @contextmanager
 def _device(config: TrainConfig, run: RunFolder, accelerator: Accelerator) -> Iterator[None]:
     """Hold the device if whoever started this process wants that; a stop is obeyed while waiting for it."""
-    stop = StopRequest()
-
-    def should_stop() -> bool:
-        return bool(stop) or "stop" in run.take_control()
-
     device = accelerator.device
-    with ExitStack() as held:
-        with stop.listen():
-            what = f"the training of {config.run.name}"
-            held.enter_context(shared_device(device.type, device.index, what, should_stop))
+    what = f"the training of {config.run.name}"
+    with shared_device(device.type, device.index, what, lambda: "stop" in run.take_control()):
         yield
 
 
@@ -162,7 +173,8 @@ def leave_behind(config: TrainConfig, trainer: Trainer, adapter: Path) -> None:
     run.end("finished" if is_complete else "stopped")
     if not is_complete:
         reason, step, steps = trainer.stop.reason, trainer.step, trainer.plan.steps
-        logger.info("Stopped (%s) at step %d of %d; everything is saved. Continue with --resume.", reason, step, steps)
+        rest = "everything is saved. Continue with --resume." if step else "nothing was trained."
+        logger.info("Stopped (%s) at step %d of %d; %s", reason, step, steps, rest)
     logger.info("adapter            %s", adapter)
     if has_sheet:
         logger.info("before and after   %s", run.path / CONTACT_SHEET)

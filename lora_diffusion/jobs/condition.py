@@ -75,10 +75,9 @@ def is_launcher_alive(entry: Entry) -> bool:
 
 def _told(entry: Entry, state: RunState) -> Condition:
     """The run itself said how it ended."""
-    was_interrupted = state.status == "failed" and state.error is not None and state.error.kind == "KeyboardInterrupt"
     if state.status == "finished":
         return Condition("finished", state)
-    if state.status == "stopped" or (was_interrupted and entry.wanted != "run"):
+    if state.status == "stopped":
         return Condition("paused" if entry.wanted == "pause" else "stopped", state)
     return Condition("failed", state, state.error)
 

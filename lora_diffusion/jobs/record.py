@@ -38,7 +38,7 @@ def log_file(path: Path, hears: Callable[[logging.LogRecord], bool] = lambda _: 
 def recorded_end(
     run: RunFolder, told: Callable[[BaseException], BaseException], *, resume: bool = False
 ) -> Iterator[None]:
-    """Whatever ends the block early is written to state.json before it goes on its way.
+    """Whatever ends the block early is written to state.json before it goes on its way. Ctrl-C has stopped the run.
 
     told: the error in words for people, which goes on its way in its place. An input error before a resume changes
     nothing.
@@ -46,6 +46,9 @@ def recorded_end(
     before = run.read_state()
     try:
         yield
+    except KeyboardInterrupt:
+        run.end("stopped")
+        raise
     except BaseException as error:
         shown = told(error)
         hint = "" if isinstance(shown, UserError | RunError) else FAULT_HINT

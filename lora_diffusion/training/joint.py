@@ -50,14 +50,13 @@ class JointTrainer:
     _quiet_step: QuietStep | None = field(default=None, init=False)
 
     def fit(self) -> None:
-        """Train every member to its last step, or until it or all are asked to stop."""
-        self.begin()
+        """Train every member to its last step, or until it is asked to stop, or all are by `stop`."""
         try:
-            with self.stop.listen():
-                while self._active:
-                    self._let_go()
-                    if self._active:
-                        self.train_step()
+            self.begin()
+            while self._active:
+                self._let_go()
+                if self._active:
+                    self.train_step()
         finally:
             self.end()
 
@@ -69,6 +68,7 @@ class JointTrainer:
         if 0 < len(waiting) < len(self.members):
             logger.info("All steps are launched one operation at a time, as those of %s must be.", ", ".join(waiting))
         for number, trainer in self._now():
+            trainer.stop = StopRequest(self.stop)
             self._alone(number, trainer.begin)
 
     def end(self) -> None:
@@ -93,7 +93,6 @@ class JointTrainer:
     def _let_go(self) -> None:
         """Members that are over leave."""
         for number, trainer in self._now():
-            trainer.stop.reason = trainer.stop.reason or self.stop.reason
             if trainer.is_over():
                 self._alone(number, lambda n=number, t=trainer: self.on_end(n, t.finish()))
                 self._leave(number)

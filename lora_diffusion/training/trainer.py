@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from accelerate import Accelerator
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from lora_diffusion.adapters.joint import JointLayout
 from lora_diffusion.data.cache import TextCache
 from lora_diffusion.errors import RunError, UserError
+from lora_diffusion.generation.engine import Cancelled
 from lora_diffusion.models.base import Conditioning
-from lora_diffusion.runs import RunFolder
+from lora_diffusion.runs import Control, RunFolder
 from lora_diffusion.training.batches import Batch, BatchSource, LoadedBatches
 from lora_diffusion.training.checkpoint import Checkpoint, save_checkpoint
 from lora_diffusion.training.export import Exporter
@@ -70,7 +71,7 @@ class Trainer:
     _optimizer: torch.optim.Optimizer = field(init=False)
     _metrics: MetricsFile = field(init=False)
     _console: Console = field(init=False)
-    _batches: LoadedBatches = field(init=False)
+    _batches: LoadedBatches | None = field(default=None, init=False)
     _quiet: QuietLoop | None = field(default=None, init=False)
     _quiet_step: QuietStep | None = field(default=None, init=False)
     _seconds_per_step: float = field(default=0.0, init=False)
@@ -79,14 +80,14 @@ class Trainer:
     _num_owed: int = field(default=0, init=False)
 
     def fit(self) -> Path:
-        """Train from the current step to the last, or until asked to stop; save; return the adapter file.
+        """Train from the current step to the last, or until `stop` is asked for; save; return the adapter file.
 
         Raises RunError when the loss or a gradient is not finite: the weights of the last good step are saved.
         """
         self.begin()
         try:
             alive = kept_alive(self._beat) if self.plan.compiles else nullcontext()
-            with self.stop.listen(), self._console.open(self.step), alive:
+            with self._console.open(self.step), alive:
                 while not self.is_over():
                     self.train_step()
                 self._settle()
@@ -124,6 +125,7 @@ class Trainer:
 
     def next_micro_batches(self) -> list[Batch]:
         """Those of the next optimiser step, on the device, in the order of their backward passes."""
+        assert self._batches is not None
         return [next(self._batches).to(self.accelerator.device) for _ in range(self.plan.accumulation)]
 
     def _losses_of(self, micro_batches: Sequence[Batch]) -> Tensor:
@@ -185,6 +187,7 @@ class Trainer:
         num_beside: other trainings with which the device's memory for texts is shared.
         """
         assert self.text is not None, "a text encoder that is trained encodes inside the step"
+        assert self._batches is not None
         adapters = [adapter for by_path in self.exporter.adapters.values() for adapter in by_path.values()]
         member = QuietMember(self.loss, adapters, self.optimizer, self.parameters, self.plan.max_grad_norm)
         texts = ResidentTexts(self.text.get, self.accelerator.device, _RESIDENT_TEXT_BYTES // (1 + num_beside))
@@ -213,7 +216,8 @@ class Trainer:
         if self._quiet is not None:
             self._quiet.close()
             self._quiet = self._quiet_step = None
-        self._batches.close()
+        if self._batches is not None:
+            self._batches.close()
 
     def _settle(self, owed: int = 0, last: dict[str, float] | None = None) -> None:
         """Log the steps whose values have arrived; wait until at most `owed` are missing. Nothing is kept before.
@@ -315,10 +319,10 @@ class Trainer:
             self._heartbeat = time.monotonic()
             self.run.beat(self.step, self.plan.steps, self._seconds_per_step)
 
-    def _obey_control_files(self) -> None:
+    def _obey_control_files(self, of: Collection[Control] = get_args(Control)) -> None:
         if not self.accelerator.is_main_process:
             return
-        for command, content in self.run.take_control().items():
+        for command, content in self.run.take_control(of).items():
             if command == "stop":
                 self.stop.reason = "control/stop"
             elif command == "save_now":
@@ -334,7 +338,7 @@ class Trainer:
         return float(self.accelerator.reduce(flag, "sum")) > 0  # pyright: ignore[reportArgumentType]
 
     def _draw_previews(self, asked: Mapping[str, Any] | None = None) -> None:
-        """The run's own prompts, or what `asked` says. A failed picture must not cost the training."""
+        """The run's own prompts, or what `asked` says. A failed picture must not cost the training, a stop ends it."""
         self._settle()
         if not self.accelerator.is_main_process:
             return
@@ -343,12 +347,17 @@ class Trainer:
                 self.previewer.draw_asked(self.step, asked, self._on_preview_step)
             else:
                 self.previewer.draw(self.step, self._on_preview_step)
+        except Cancelled:
+            logger.info("step %d: the preview is left out, as the run is to stop", self.step)
         except (OSError, RuntimeError, ValueError, UserError, RunError) as error:
             logger.warning("step %d: the preview could not be drawn (%s); training goes on", self.step, error)
 
     def _on_preview_step(self, done: int, total: int) -> None:
-        """Pictures can take minutes: whoever watches sees that the run is alive."""
+        """Pictures can take minutes: whoever watches sees that the run is alive, and need not wait to stop it."""
         self._beat()
+        self._obey_control_files(of=("stop",))
+        if self.stop:
+            raise Cancelled
 
     # Saving
 

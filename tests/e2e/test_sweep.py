@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -367,3 +368,36 @@ def test_a_sweep_whose_members_are_all_stopped_while_it_waits_for_the_device_tra
 
     assert all("nothing was trained" in run.log.read_text(encoding="utf-8") for run in runs)
     assert not list(tmp_path.glob("run-*/*.safetensors"))
+
+
+def test_a_signal_while_a_sweep_is_loaded_stops_all_members_and_is_no_fault(
+    tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="lora_diffusion")
+    monkeypatch.setattr("lora_diffusion.sweep_run._build", lambda *_: signal.raise_signal(signal.SIGTERM))
+    members = members_of(make_config(tmp_path, tiny_sd1), "run.seed=1,2")
+    train_together(members, tmp_path / "sweep")
+
+    for member in members:
+        run = RunFolder(member.config.run.output)
+        assert (run.read_state().status, run.read_state().error) == ("stopped", None)
+        assert "nothing was trained" in run.log.read_text(encoding="utf-8")
+
+
+def test_a_signal_stops_all_members_after_their_step(
+    tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_step = JointTrainer.train_step
+
+    def signalled(trainer: JointTrainer) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        train_step(trainer)
+
+    monkeypatch.setattr(JointTrainer, "train_step", signalled)
+    members = members_of(make_config(tmp_path, tiny_sd1, schedule={"warmup_steps": 0}), "run.seed=1,2")
+    train_together(members, tmp_path / "sweep")
+
+    for member in members:
+        run = RunFolder(member.config.run.output)
+        assert (run.read_state().status, run.read_state().step) == ("stopped", 1)
+        assert run.has_checkpoint
