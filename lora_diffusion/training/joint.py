@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -103,15 +104,9 @@ class JointTrainer:
         if self._is_quiet:
             self._train_quietly(started)
             return
-        drawn = {number: self._alone(number, trainer.next_micro_batches) for number, trainer in self._now()}
-        batches = {number: found for number, found in drawn.items() if found is not None}
-        totals = {number: torch.zeros((), device=batches[number][0].latents.device) for number in batches}
-        for index in range(max((len(found) for found in batches.values()), default=0)):
-            present = [number for number in batches if number in self._active and index < len(batches[number])]
-            shares = [share for number in present if (share := self._share(number, index, batches[number][index]))]
-            for group in of_equal_shapes(shares):
-                for share, loss in zip(group, self._backward(group, index), strict=True):
-                    totals[share.number] += loss
+        with self._kept_on_error():
+            batches = self._drawn(Trainer.next_micro_batches)
+            totals = self._losses_of(batches)
         made = {n: self._alone(n, lambda t=t, n=n: t.update(totals[n], batches[n])) for n, t in self._now()}
         seconds = time.perf_counter() - started
         for number, trainer in self._now():
@@ -122,9 +117,9 @@ class JointTrainer:
         """The same step, of which the host learns later how it went."""
         if self._quiet_step is None:
             self._quiet_step = self._start_quietly()
-        drawn = {number: self._alone(number, trainer.next_inputs) for number, trainer in self._now()}
-        if inputs := {number: found for number, found in drawn.items() if found is not None}:
-            self._quiet_step(inputs)
+        with self._kept_on_error():  # the updates come last and take no memory
+            if inputs := self._drawn(Trainer.next_inputs):
+                self._quiet_step(inputs)
         for number, trainer in self._now():
             self._alone(number, lambda t=trainer: t.end_launch(started))
         for number, trainer in self._now():
@@ -142,12 +137,44 @@ class JointTrainer:
     def _now(self) -> list[tuple[int, Trainer]]:
         return list(self._active.items())
 
+    @contextmanager
+    def _kept_on_error(self) -> Generator[None]:
+        """What ends the step of all before its updates costs no member the steps before."""
+        try:
+            yield
+        except Exception as error:
+            for number, trainer in self._now():
+                with self.speaking(number):
+                    trainer.save_after(error)
+            raise
+
+    def _drawn(self, draw: Callable[[Trainer], T]) -> dict[int, T]:
+        """For each member what it draws for its next step."""
+
+        def kept(trainer: Trainer) -> T:
+            with trainer.kept_on_error():
+                return draw(trainer)
+
+        drawn = {number: self._alone(number, partial(kept, trainer)) for number, trainer in self._now()}
+        return {number: found for number, found in drawn.items() if found is not None}
+
+    def _losses_of(self, batches: Mapping[int, Sequence[Batch]]) -> dict[int, Tensor]:
+        """Forward and backward passes of one step; returns each member's loss."""
+        totals = {number: torch.zeros((), device=batches[number][0].latents.device) for number in batches}
+        for index in range(max((len(found) for found in batches.values()), default=0)):
+            present = [number for number in batches if number in self._active and index < len(batches[number])]
+            shares = [share for number in present if (share := self._share(number, index, batches[number][index]))]
+            for group in of_equal_shapes(shares):
+                for share, loss in zip(group, self._backward(group, index), strict=True):
+                    totals[share.number] += loss
+        return totals
+
     def _share(self, number: int, index: int, batch: Batch) -> Share | None:
         """A text encoder that is trained encodes here, with one member's adapter; only the UNet is shared."""
         trainer = self.members[number]
 
         def encode() -> Conditioning:
-            with trainer.dropout(index):
+            with trainer.kept_on_error(), trainer.dropout(index):
                 text = trainer.conditioning(batch.captions)
                 return trainer.loss.encode(batch.captions) if text is None else text
 

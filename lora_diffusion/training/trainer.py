@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -82,7 +82,8 @@ class Trainer:
     def fit(self) -> Path:
         """Train from the current step to the last, or until `stop` is asked for; save; return the adapter file.
 
-        Raises RunError when the loss or a gradient is not finite: the weights of the last good step are saved.
+        Raises RunError when the loss or a gradient is not finite. Whatever ends a step before its update, the weights
+        of the last good step are saved.
         """
         self.begin()
         try:
@@ -119,8 +120,10 @@ class Trainer:
         if self.plan.launch != "eager":
             self._train_quietly(started)
             return
-        micro_batches = self.next_micro_batches()
-        values = self.update(self._losses_of(micro_batches), micro_batches)
+        with self.kept_on_error():
+            micro_batches = self.next_micro_batches()
+            total = self._losses_of(micro_batches)
+        values = self.update(total, micro_batches)
         self.end_step(values, time.perf_counter() - started)
 
     def next_micro_batches(self) -> list[Batch]:
@@ -177,7 +180,8 @@ class Trainer:
         if self._quiet_step is None:
             members, device = {0: self.start_quietly()}, self.accelerator.device
             self._quiet_step = QuietStep(members, JointLayout(), device, as_graph=self.plan.launch == "graph")
-        self._quiet_step({0: self.next_inputs()})
+        with self.kept_on_error():  # the update comes last and takes no memory
+            self._quiet_step({0: self.next_inputs()})
         self.end_launch(started)
         self.do_what_is_due()
 
@@ -267,9 +271,7 @@ class Trainer:
         pairs = [pair for batch in micro_batches for pair in zip(batch.names, batch.captions, strict=True)]
         pictures = [f"{name} ({caption!r})" for name, caption in pairs]
         # The update has not been made: the weights are those of the last good step.
-        self._save_checkpoint()
-        if self.accelerator.is_main_process:
-            self.run.beat(self.step, self.plan.steps, self._seconds_per_step)
+        self._save_last_good()
         kept = f"The weights of step {self.step} are in {self.run.checkpoints}. " if self.step else ""
         raise RunError(
             f"The {what} became {value} at step {self.step + 1} (learning rate {lr:.2e}) on {', '.join(pictures)}. "
@@ -389,6 +391,32 @@ class Trainer:
         self._save_checkpoint()
         if self.accelerator.is_main_process:
             self.exporter.write(self.run.adapter(self.name, self.step), self.step)
+
+    def _save_last_good(self) -> None:
+        self._save_checkpoint()
+        if self.accelerator.is_main_process:
+            self.run.beat(self.step, self.plan.steps, self._seconds_per_step)
+
+    @contextmanager
+    def kept_on_error(self) -> Generator[None]:
+        """Inside are forward and backward passes, which change no weight: if they fail, the steps before are saved."""
+        try:
+            yield
+        except Exception as error:
+            self.save_after(error)
+            raise
+
+    def save_after(self, error: Exception) -> None:
+        """Save what was learned before `error`, which an error of the saving must not hide."""
+        try:
+            self._save_last_good()
+        except Exception as second:
+            logger.warning(
+                "%s at step %d, and what was learned before cannot be saved: %s", error, self.step + 1, second
+            )
+        else:
+            if self.step:
+                logger.info("Step %d failed; the weights of step %d are saved.", self.step + 1, self.step)
 
     def finish(self) -> Path:
         """Save what was reached. A run that was stopped keeps its step in the file name and can be resumed."""
