@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -139,26 +140,51 @@ def _announce(config: TrainConfig, run: RunFolder, previous: Path | None, *, res
 
 
 def _told(error: BaseException, run: RunFolder) -> BaseException:
-    """Running out of memory says what to change."""
+    """Running out of memory says what to change, and a full disk says that it is."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RunError(f"The disk is full ({error}). Free some space.{_continued(run)}")
     return _out_of_memory(run) if is_out_of_memory(error) else error
+
+
+def _continued(run: RunFolder) -> str:
+    return f" Continue from {run.checkpoints} with --resume." if run.has_checkpoint else ""
 
 
 def _out_of_memory(run: RunFolder) -> RunError:
     peak = f" (peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GB)" if torch.cuda.is_available() else ""
-    saved = f" Continue from {run.checkpoints} with --resume." if run.has_checkpoint else ""
     return RunError(
         f"Out of memory{peak}. Set [model] gradient_checkpointing = true; then lower [run] batch_size and raise "
-        f"gradient_accumulation by the same factor; then lower [[dataset]] resolution.{saved}"
+        f"gradient_accumulation by the same factor; then lower [[dataset]] resolution.{_continued(run)}"
     )
 
 
 def leave_behind(config: TrainConfig, trainer: Trainer, adapter: Path) -> None:
     """Loss plot, contact sheet and model card; then say where everything is."""
     run = trainer.run
-    metrics = latest_per_step(read_metrics(run.metrics))
-    if metrics:
+    try:
+        pictures = _describe(config, trainer, adapter)
+    except OSError as error:  # the adapter is there, and these can be done without
+        logger.warning("%s: loss plot, contact sheet and model card cannot be written: %s", run.path, error)
+        pictures = {}
+    is_complete = trainer.step >= trainer.plan.steps
+    run.end("finished" if is_complete else "stopped")
+    if not is_complete:
+        reason, step, steps = trainer.stop.reason, trainer.step, trainer.plan.steps
+        rest = "everything is saved. Continue with --resume." if step else "nothing was trained."
+        logger.info("Stopped (%s) at step %d of %d; %s", reason, step, steps, rest)
+    for what, path in {"adapter": adapter, **pictures}.items():
+        logger.info("%-18s %s", what, path)
+
+
+def _describe(config: TrainConfig, trainer: Trainer, adapter: Path) -> dict[str, Path]:
+    """Writes loss plot, contact sheet and model card. Returns the pictures by what they show."""
+    run = trainer.run
+    pictures: dict[str, Path] = {}
+    if trainer.previewer.draw_contact_sheet(run.path / CONTACT_SHEET):
+        pictures["before and after"] = run.path / CONTACT_SHEET
+    if metrics := latest_per_step(read_metrics(run.metrics)):
         loss_plot(metrics, run.path / LOSS_PLOT, title=config.run.name)
-    has_sheet = trainer.previewer.draw_contact_sheet(run.path / CONTACT_SHEET)
+        pictures["loss"] = run.path / LOSS_PLOT
     write_model_card(
         run.model_card,
         adapter=adapter,
@@ -169,17 +195,7 @@ def leave_behind(config: TrainConfig, trainer: Trainer, adapter: Path) -> None:
         steps=trainer.step,
         readers=_readers(config, adapter),
     )
-    is_complete = trainer.step >= trainer.plan.steps
-    run.end("finished" if is_complete else "stopped")
-    if not is_complete:
-        reason, step, steps = trainer.stop.reason, trainer.step, trainer.plan.steps
-        rest = "everything is saved. Continue with --resume." if step else "nothing was trained."
-        logger.info("Stopped (%s) at step %d of %d; %s", reason, step, steps, rest)
-    logger.info("adapter            %s", adapter)
-    if has_sheet:
-        logger.info("before and after   %s", run.path / CONTACT_SHEET)
-    if metrics:
-        logger.info("loss               %s", run.path / LOSS_PLOT)
+    return pictures
 
 
 def _readers(config: TrainConfig, adapter: Path) -> str:

@@ -55,12 +55,12 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
         OPTIMIZER: save(tensors),
         STATE: _json({"step": checkpoint.step, "optimizer": structure, "facts": checkpoint.facts}),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    _check_space(folder, sum(map(len, files.values())))
     target = folder / f"{checkpoint.step:06d}"
     temporary = folder / f".tmp-{target.name}-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _check_space(folder, sum(map(len, files.values())))
         _write_folder(temporary, files)
         _publish(temporary, target)
     except OSError as error:

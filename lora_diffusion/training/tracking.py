@@ -30,18 +30,37 @@ class MetricsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if last_bytes(path, 1) not in (b"", b"\n"):
-            with path.open("a", encoding="utf-8") as file:  # a crash cut the last line short: it costs only itself
-                file.write("\n")
         self.segment = 1 + max((int(line.get("segment", 0)) for line in read_metrics(path)), default=-1)
 
     def write(self, values: Mapping[str, Any]) -> None:
+        # A crash or a full disk may have cut the last line short: it costs only itself.
+        start = "" if last_bytes(self.path, 1) in (b"", b"\n") else "\n"
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"segment": self.segment, **values}) + "\n")
+            file.write(start + json.dumps({"segment": self.segment, **values}) + "\n")
+
+
+class Dispensable:
+    """Inside is written what tells of a run, which can go on without: a full disk, said once, ends nothing."""
+
+    def __init__(self) -> None:
+        self._is_told = False
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
+        if not isinstance(error, OSError):
+            return False
+        if not self._is_told:
+            logger.warning(
+                "What tells of the run cannot be written (%s). The training goes on; free some space.", error
+            )
+        self._is_told = True
+        return True
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every whole line of a metrics file; a line cut short by a crash is left out."""
+    """Every whole line of a metrics file; one that a crash or a full disk cut short is left out."""
     if not path.exists():
         return []
     lines: list[dict[str, Any]] = []
@@ -49,7 +68,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         try:
             lines.append(json.loads(line))
         except json.JSONDecodeError:
-            logger.warning("%s: one line was cut short by a crash and is left out", path)
+            logger.warning("%s: one line was cut short by a crash or a full disk and is left out", path)
     return lines
 
 

@@ -32,7 +32,7 @@ from lora_diffusion.training.quiet_step import QuietLoop, QuietMember, QuietStep
 from lora_diffusion.training.regularise import Regulariser
 from lora_diffusion.training.signals import StopRequest
 from lora_diffusion.training.step import DenoisingLoss, cached_text
-from lora_diffusion.training.tracking import Console, MetricsFile
+from lora_diffusion.training.tracking import Console, Dispensable, MetricsFile
 from lora_diffusion.training.validation import Validator
 
 logger = logging.getLogger(__name__)
@@ -78,6 +78,7 @@ class Trainer:
     _saved_step: int = field(default=-1, init=False)
     _heartbeat: float = field(default=0.0, init=False)
     _num_owed: int = field(default=0, init=False)
+    _dispensable: Dispensable = field(default_factory=Dispensable, init=False)
 
     def fit(self) -> Path:
         """Train from the current step to the last, or until `stop` is asked for; save; return the adapter file.
@@ -297,10 +298,10 @@ class Trainer:
         """A line of metrics.jsonl where one is due, and what the terminal shows."""
         is_logged = "val_loss" in values or _is_due(step, self.plan.log_every, self.plan.steps)
         if is_logged and self.accelerator.is_main_process:
-            epoch = step * self.plan.accumulation / self.source.batches.batches_per_epoch
-            self._metrics.write(
-                {"step": step, "epoch": round(epoch, 3)} | values | {"seconds": round(self._seconds_per_step, 4)}
-            )
+            epoch = round(step * self.plan.accumulation / self.source.batches.batches_per_epoch, 3)
+            line = {"step": step, "epoch": epoch} | values | {"seconds": round(self._seconds_per_step, 4)}
+            with self._dispensable:
+                self._metrics.write(line)
         self._console.show(step, values["loss"], values["lr"], self._seconds_per_step)
 
     def do_what_is_due(self) -> None:
@@ -319,6 +320,10 @@ class Trainer:
     def _beat(self) -> None:
         if time.monotonic() - self._heartbeat > _HEARTBEAT_EVERY_S and self.accelerator.is_main_process:
             self._heartbeat = time.monotonic()
+            self._tell_state()
+
+    def _tell_state(self) -> None:
+        with self._dispensable:
             self.run.beat(self.step, self.plan.steps, self._seconds_per_step)
 
     def _obey_control_files(self, of: Collection[Control] = get_args(Control)) -> None:
@@ -395,7 +400,7 @@ class Trainer:
     def _save_last_good(self) -> None:
         self._save_checkpoint()
         if self.accelerator.is_main_process:
-            self.run.beat(self.step, self.plan.steps, self._seconds_per_step)
+            self._tell_state()
 
     @contextmanager
     def kept_on_error(self) -> Generator[None]:
@@ -425,7 +430,7 @@ class Trainer:
         self._save_checkpoint()
         if self.accelerator.is_main_process:
             self.exporter.write(adapter, self.step)
-            self.run.beat(self.step, self.plan.steps, self._seconds_per_step)
+            self._tell_state()
         if is_complete and self.step > 0 and not _is_due(self.step, self.plan.preview_every, self.plan.steps):
             self._draw_previews()
         self.accelerator.wait_for_everyone()

@@ -7,7 +7,7 @@ from pathlib import Path
 from lora_diffusion.training.tracking import MetricsFile, latest_per_step, read_metrics
 
 
-def test_a_line_cut_short_by_a_crash_does_not_spoil_the_first_line_of_the_resume(tmp_path: Path) -> None:
+def test_a_line_cut_short_by_a_crash_or_a_full_disk_does_not_spoil_the_next(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     MetricsFile(path).write({"step": 1, "loss": 0.5})
     with path.open("a") as file:
@@ -15,5 +15,13 @@ def test_a_line_cut_short_by_a_crash_does_not_spoil_the_first_line_of_the_resume
     resumed = MetricsFile(path)
     resumed.write({"step": 2, "loss": 0.25})
 
+    with path.open("a") as file:
+        file.write('{"segment": 1, "st')  # all for which a full disk had room
+    resumed.write({"step": 3, "loss": 0.125})
+
     assert resumed.segment == 1
-    assert [(row["step"], row["loss"]) for row in latest_per_step(read_metrics(path))] == [(1, 0.5), (2, 0.25)]
+    assert [(row["step"], row["loss"]) for row in latest_per_step(read_metrics(path))] == [
+        (1, 0.5),
+        (2, 0.25),
+        (3, 0.125),
+    ]
