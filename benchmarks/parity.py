@@ -144,7 +144,7 @@ def _fit(trainer: Trainer) -> Learned:
     lines = read_metrics(trainer.run.metrics)
     return Learned(
         losses=np.array([line["loss"] for line in lines]),
-        grad_norms=np.array([line["grad_norm"] for line in lines]),
+        grad_norms=np.array([line["grad_norm"] for line in lines], dtype=np.float64),
         factors={path: (lora.scale * _matrix(lora.lora_up), _matrix(lora.lora_down)) for path, lora in loras.items()},
         num_packed=sum(isinstance(module, PackedConv2d) for module in modules.values()),
     )

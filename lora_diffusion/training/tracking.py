@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -26,17 +27,21 @@ _PLAIN_LINE_EVERY_S = 10.0  # without a terminal a progress bar is noise; a line
 
 
 class MetricsFile:
-    """Appends one JSON object per line. Lines of an earlier start stay; `segment` tells the starts apart."""
+    """Appends one JSON object per line. Lines of an earlier start stay; `segment` tells the starts apart.
+
+    JSON has no NaN and no infinity: null stands for them.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.segment = 1 + max((int(line.get("segment", 0)) for line in read_metrics(path)), default=-1)
 
-    def write(self, values: Mapping[str, Any]) -> None:
+    def write(self, values: Mapping[str, float]) -> None:
+        known = {key: value if math.isfinite(value) else None for key, value in values.items()}
         # A crash or a full disk may have cut the last line short: it costs only itself.
         start = "" if last_bytes(self.path, 1) in (b"", b"\n") else "\n"
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(start + json.dumps({"segment": self.segment, **values}) + "\n")
+            file.write(start + json.dumps({"segment": self.segment, **known}, allow_nan=False) + "\n")
 
 
 class Dispensable:

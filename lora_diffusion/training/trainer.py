@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 _HEARTBEAT_EVERY_S = 2.0
 _STEPS_AHEAD = 4  # that are launched before their values are known; more would gain nothing
+_MAX_NOT_FINITE = 20  # steps in a row; halved so often, fp16's loss scale of 2**16 is below 1 and no longer the cause
 _RESIDENT_TEXT_BYTES = 2**30  # of embeddings on the device; 9,000 captions of SD 1.x in bfloat16
 
 
@@ -78,6 +79,7 @@ class Trainer:
     _saved_step: int = field(default=-1, init=False)
     _heartbeat: float = field(default=0.0, init=False)
     _num_owed: int = field(default=0, init=False)
+    _num_not_finite: int = field(default=0, init=False)
     _dispensable: Dispensable = field(default_factory=Dispensable, init=False)
 
     def fit(self) -> Path:
@@ -166,8 +168,9 @@ class Trainer:
         self._check_finite(loss, "loss", lr, micro_batches)
         drop_ended_gradients(self.optimizer, self.step)
         grad_norm = self._clip_gradients()
+        self._num_not_finite = 0 if math.isfinite(grad_norm) else self._num_not_finite + 1
         # The loss scaler of fp16 handles overflowing gradients itself: it skips the update and lowers the scale.
-        if self.accelerator.scaler is None:
+        if self.accelerator.scaler is None or self._num_not_finite > _MAX_NOT_FINITE:
             self._check_finite(grad_norm, "gradient norm", lr, micro_batches)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -427,6 +430,8 @@ class Trainer:
         """Save what was reached. A run that was stopped keeps its step in the file name and can be resumed."""
         is_complete = self.step >= self.plan.steps
         adapter = self.run.adapter(self.name, None if is_complete else self.step)
+        if n := self._num_not_finite:
+            logger.warning("The last %d steps changed nothing: their gradients were not finite in fp16.", n)
         self._save_checkpoint()
         if self.accelerator.is_main_process:
             self.exporter.write(adapter, self.step)
