@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lora_diffusion import cli_captions, cli_files, cli_merge, cli_queue, cli_serve, cli_sweep, cli_ui
+from lora_diffusion import cli_captions, cli_files, cli_import, cli_merge, cli_queue, cli_serve, cli_sweep, cli_ui
 from lora_diffusion.cli_base import DebugOption, app, errors_as_messages
 from lora_diffusion.launch import spin_briefly
 from lora_diffusion.progress import bar, silent
@@ -20,6 +20,7 @@ __all__ = [
     "app",
     "cli_captions",
     "cli_files",
+    "cli_import",
     "cli_merge",
     "cli_queue",
     "cli_serve",

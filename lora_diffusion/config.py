@@ -362,7 +362,7 @@ class TrainConfig(Section):
     def parse(cls, text: str, source: str = "config", overrides: Sequence[str] = ()) -> Self:
         """Read TOML text that came from `source`, the name errors call it by. Raises ConfigError with all problems."""
         draft = config_file.parse_toml(text, source)
-        problems = config_file.apply_overrides(draft, overrides, cls, instead_of=_INSTEAD_OF)
+        problems = config_file.apply_overrides(draft, overrides, cls, instead_of=INSTEAD_OF)
         config = None
         try:
             config = cls.model_validate(draft.data)
@@ -397,5 +397,5 @@ class TrainConfig(Section):
 _REQUIRED = {"run": {"name": "x"}, "model": {"path": "x"}, "dataset": [{"path": "x"}]}
 """Stand-ins for required keys while the rest of an incomplete config is checked."""
 
-_INSTEAD_OF: dict[KeyPath, KeyPath] = {("run", "epochs"): ("run", "steps"), ("run", "steps"): ("run", "epochs")}
+INSTEAD_OF: dict[KeyPath, KeyPath] = {("run", "epochs"): ("run", "steps"), ("run", "steps"): ("run", "epochs")}
 """`--set` of the one takes the place of the other in the file."""

@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"diffusion"} | FOUNDATION,
     "generation": {"models", "adapters", "formats", "diffusion"} | FOUNDATION,
     "tools": {"models", "adapters", "formats"} | FOUNDATION,
+    "kohya": {"config", "data"} | FOUNDATION,
     "training": {"data", "models", "adapters", "formats", "diffusion", "generation", "runs"} | FOUNDATION,
 }
 """Group (a folder, a file, or the files config*.py) → groups below it. Everything else is on top and imports freely."""
@@ -56,6 +57,7 @@ ON_TOP = {
         "cli_base",
         "cli_captions",
         "cli_files",
+        "cli_import",
         "cli_merge",
         "cli_serve",
         "cli_sweep",
@@ -84,6 +86,8 @@ NEVER_TORCH = [
         "cli_captions",
         "cli_queue",
         "cli_files",
+        "cli_import",
+        "kohya.write",
         "cli_merge",
         "cli_sweep",
         "cli_ui",

@@ -1,0 +1,1 @@
+"""Settings of sd-scripts and kohya_ss read as ours."""
