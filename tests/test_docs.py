@@ -174,6 +174,12 @@ def test_a_launch_on_a_page_has_options_that_accelerate_and_we_know(line: Snippe
     assert values["config"] is not None
 
 
+def test_one_process_is_started_without_accelerate_which_would_give_it_one_thread() -> None:
+    alone = [str(line) for line, match in matching(LAUNCH) if not re.search(r"--num_processes [2-9]", match[1])]
+
+    assert alone == []
+
+
 def test_a_make_line_on_a_page_names_a_target() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z][\w-]*):", makefile, re.MULTILINE))

@@ -266,3 +266,10 @@ def test_no_word_is_unused() -> None:
 def test_a_word_that_is_not_there_is_an_error() -> None:
     with pytest.raises(KeyError):
         T("no.such.word")
+
+
+def test_the_command_beside_the_config_trains_with_all_cores() -> None:
+    """Accelerate's launcher would give its one process one thread."""
+    shown = str(render_toml(T, "", "ink"))
+
+    assert re.search(r'id="train-command">lora-diffusion train --config &(quot|#34);ink.toml&(quot|#34);<', shown)

@@ -108,7 +108,7 @@ def _finding(finding: Mapping[str, Any]) -> Markup:
 def render_toml(t: Translator, toml: str, name: str) -> Markup:
     """The config and the command for it, to copy and to keep."""
     file = f"{name or 'run'}.toml"
-    command = f'accelerate launch --num_processes 1 train.py --config "{file}"'
+    command = f'lora-diffusion train --config "{file}"'
     return html(
         '<details class="card toml" id="train-config"><summary><strong>{title}</strong><span>{about}</span></summary>'
         '<div class="bar"><button type="button" class="quiet" id="train-copy" data-do="copy" '
