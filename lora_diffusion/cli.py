@@ -100,6 +100,9 @@ def generate(
     """Draw pictures with any number of adapters, each at its own strength."""
     with errors_as_messages(debug):
         from lora_diffusion.formats.argument import parse_adapter
+        from lora_diffusion.tools.outputs import check_output_folder
+
+        check_output_folder(out)
         from lora_diffusion.generation.request_line import parse_size, write_pictures
 
         adapters = dict(parse_adapter(text) for text in adapter or ())

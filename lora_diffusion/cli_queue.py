@@ -105,10 +105,13 @@ def move(
 def runner(root: RootOption = Path(), debug: DebugOption = False) -> None:
     """Work through the queue in this terminal. `queue add` starts this by itself, without a terminal."""
     with errors_as_messages(debug):
-        from lora_diffusion.jobs.runner import work
-        from lora_diffusion.workspace import Workspace
+        from lora_diffusion.jobs.runner import Runner, work
 
-        work(Workspace(root.resolve()))
+        workspace = open_queue(root.resolve()).workspace
+        minutes = Runner.idle_s / 60
+        typer.echo(f"Working through the queue of {workspace.root}; ends after {minutes:g} minutes without a run.")
+        if not work(workspace):
+            typer.echo("Another runner works here already and goes on; this one is not needed.")
 
 
 def open_queue(root: Path) -> Queue:

@@ -53,9 +53,13 @@ def grid(
         from lora_diffusion.generation.request import Request, adapter_name
         from lora_diffusion.generation.request_line import parse_size, write_sheet
         from lora_diffusion.generation.sheet import Sheet, parse_axis
+        from lora_diffusion.tools.outputs import check_output_folder
 
         if out.suffix.lower() != ".png":
             raise UserError(f"--out {out}: the sheet is a PNG. Give the file a name that ends in .png.")
+        if out.is_dir():
+            raise UserError(f"--out {out}: this is a folder. Choose another name.")
+        check_output_folder(out.parent)
         chosen = dict(parse_adapter(text) for text in adapter or ())
         request = Request(
             prompt=prompt,

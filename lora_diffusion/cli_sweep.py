@@ -43,6 +43,10 @@ def sweep(
         )
         check_together(members)  # before torch: what is wrong is told within a second
         output = TrainConfig.load(config[0], settings).run.output if vary else members[0].config.run.output
+        from lora_diffusion.tools.outputs import check_output_folder
+
+        comparison = out or output.with_name(f"{output.name}-sweep")
+        check_output_folder(comparison)
         from lora_diffusion.sweep_run import run_sweep
 
-        run_sweep(members, out or output.with_name(f"{output.name}-sweep"), resume=resume)
+        run_sweep(members, comparison, resume=resume)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ipaddress
 import os
 import shutil
+import signal
 import socket
 import threading
+import warnings
 import webbrowser
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +51,10 @@ def serve(options: Options) -> None:
 
     site = make_site(roots[0], tuple(roots[1:]))
     any_address = not is_loopback(options.host)
-    app = make_app(site, options.names, any_address=any_address, login=login)
+    with warnings.catch_warnings():
+        # Gradio says so for every mounted app, also for one that never asked for it.
+        warnings.filterwarnings("ignore", "SSR mode is not supported", UserWarning)
+        app = make_app(site, options.names, any_address=any_address, login=login)
     config = uvicorn.Config(
         app,
         host=options.host,
@@ -58,11 +63,20 @@ def serve(options: Options) -> None:
         server_header=False,
         timeout_graceful_shutdown=SHUTDOWN_S,
     )
-    address = f"http://{'127.0.0.1' if options.host in ('0.0.0.0', '::') else options.host}:{options.port}"
+    address = address_of(options)
     print(f"The web UI of {roots[0]} is at {address} (Ctrl-C ends it; runs go on)", flush=True)
     if options.opens_browser:
         threading.Timer(1.0, webbrowser.open, [address]).start()
+    # uvicorn passes the signals that ended it on to the handlers from before; an orderly end is no failure
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
     uvicorn.Server(config).run()
+
+
+def address_of(options: Options) -> str:
+    """What to type into the browser of this machine."""
+    host = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
+    return f"http://{f'[{host}]' if ':' in host else host}:{options.port}"
 
 
 def login_of(options: Options) -> Login | None:

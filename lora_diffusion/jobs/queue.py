@@ -308,7 +308,13 @@ class Queue:
                 path = folder.relative_to(self.workspace.root)
             is_free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
             if path.as_posix() not in taken and is_free:
-                folder.mkdir(parents=True, exist_ok=True)
+                try:
+                    folder.mkdir(parents=True, exist_ok=True)
+                except OSError as error:
+                    raise QueueError(
+                        f"{folder}: the run folder cannot be made ({error.strerror}). Choose another run.output, or "
+                        "another --root."
+                    ) from None
                 return path.as_posix()
             number += 1
 

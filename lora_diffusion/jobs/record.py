@@ -19,7 +19,7 @@ FAULT_HINT = "This is a fault of the program or the machine, not of the config. 
 
 @contextmanager
 def log_file(path: Path, hears: Callable[[logging.LogRecord], bool] = lambda _: True) -> Iterator[None]:
-    """Also write to `path` what is logged inside the block, and the error that ends it."""
+    """Also write to `path` what is logged inside the block, and the error that ends it; of a fault with its trace."""
     handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
     handler.addFilter(hears)
@@ -29,7 +29,9 @@ def log_file(path: Path, hears: Callable[[logging.LogRecord], bool] = lambda _: 
         yield
     except BaseException as error:  # the terminal shows it later, when it has left all blocks
         message = f"{type(error).__name__}: {error}"
-        handler.handle(logger.makeRecord(logger.name, logging.ERROR, __file__, 0, message, (), None))
+        is_fault = isinstance(error, Exception) and not isinstance(error, UserError | RunError)
+        trace = sys.exc_info() if is_fault else None
+        handler.handle(logger.makeRecord(logger.name, logging.ERROR, __file__, 0, message, (), trace))
         raise
     finally:
         root.removeHandler(handler)

@@ -62,18 +62,18 @@ class Runner:
     kill_after_s: float = 10.0
     _children: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict[int, "subprocess.Popen[bytes]"])
 
-    def run(self) -> None:
-        """Returns when there was nothing to do for `idle_s`, or at once if another runner lives."""
+    def run(self) -> bool:
+        """Returns when there was nothing to do for `idle_s`, or False at once if another runner lives."""
         self.workspace.private.mkdir(parents=True, exist_ok=True)
         while True:
             try:
                 with filelock.FileLock(self.workspace.lock("runner"), timeout=_LOCK_TIMEOUT_S):
                     self._work()
             except filelock.Timeout:
-                return
+                return False
             # A job added while this one still held the lock found a living runner: look once more without it.
             if not any(entry.is_waiting for entry in self._store.entries()):
-                return
+                return True
 
     def turn(self) -> bool:
         """Look at everything once; False if there is nothing to do or to watch."""
@@ -215,13 +215,13 @@ def main() -> None:
     work(Workspace(parser.parse_args().root.resolve()))
 
 
-def work(workspace: Workspace) -> None:
-    """Run a runner in this process, which tells what it does."""
+def work(workspace: Workspace) -> bool:
+    """Run a runner in this process, which tells what it does. False: another one works in this workspace."""
     logging.basicConfig(format="%(asctime)s  %(message)s", datefmt="%Y-%m-%d %H:%M:%S", level=logging.INFO)
     log = runner_log(workspace)
     if log.exists() and log.stat().st_size > _MAX_LOG_BYTES:
         os.truncate(log, 0)
-    Runner(workspace).run()
+    return Runner(workspace).run()
 
 
 if __name__ == "__main__":

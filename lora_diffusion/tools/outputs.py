@@ -25,3 +25,12 @@ def check_output(path: Path, inputs: Iterable[Path], *, overwrite: bool, ending:
         raise UserError(f"{path}: there is something of this name already. {remedy}")
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}. Make it first, or choose another place.")
+
+
+def check_output_folder(path: Path, option: str = "--out") -> None:
+    """Raises UserError if nothing can be written into the folder `path`, which may have to be made first."""
+    nearest = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
+    if not nearest.is_dir():
+        raise UserError(f"{option} {path}: {nearest} is a file, not a folder. Choose another name.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{option} {path}: {nearest} cannot be written to. Choose another place.")

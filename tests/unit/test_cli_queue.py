@@ -95,3 +95,30 @@ def test_a_root_that_is_no_folder_is_refused(tmp_path: Path) -> None:
 
     assert result.exit_code == 2
     assert "is not a folder" in result.stderr
+
+
+def test_a_run_folder_that_cannot_be_made_is_told_and_nothing_is_queued(tmp_path: Path) -> None:
+    (tmp_path / "runs").touch()
+    config = tmp_path / "x.toml"
+    config.write_text(toml())
+    result = call(tmp_path, "add", str(config))
+
+    assert result.exit_code == 2
+    assert "runs/ink: the run folder cannot be made (" in result.stderr
+    assert listed(tmp_path) == []
+
+
+def test_a_runner_makes_no_workspace_where_none_is(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["runner", "--root", str(tmp_path / "typo" / "deep")], env={"COLUMNS": "300"})
+
+    assert result.exit_code == 2
+    assert "typo/deep is not a folder" in result.stderr
+    assert not (tmp_path / "typo").exists()
+
+
+def test_a_runner_beside_another_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_diffusion.jobs.runner._LOCK_TIMEOUT_S", 0.01)
+    result = CliRunner().invoke(app, ["runner", "--root", str(tmp_path)], env={"COLUMNS": "300"})
+
+    assert result.exit_code == 0
+    assert "Another runner works here already" in result.stdout
