@@ -107,7 +107,9 @@ def _put_resolution(ledger: Ledger, scope: Scope, index: int) -> None:
     sides = [int(side) for side in ledger.numbers(name)]
     if len(sides) > 2:
         ledger.wrong(name, "one number or two")
-    if sides:
+    if not sides:
+        ledger.differ("resolution: not given, which sd-scripts refuses; 512 here")
+    else:
         put("resolution", sides[0] if len(set(sides)) == 1 else sides[:2], "resolution")
     buckets = scope.name("enable_bucket")
     has_buckets = ledger.switch(buckets)

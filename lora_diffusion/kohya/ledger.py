@@ -121,7 +121,7 @@ class Ledger:
             table = self.values.setdefault(str(path[0]), {})
         table[str(path[-1])] = value
         given = [name for name in names if name in self.source.settings]
-        self.origins[path] = tuple(self.origin(name) for name in given)
+        self.origins[path] = tuple(dict.fromkeys(self.origin(name) for name in given))
         spoken_names = ", ".join(self.origins[path])
         self.comments[path] = f"{spoken_names}: {note}" if spoken_names and note else spoken_names or note
         for name in given:

@@ -51,6 +51,8 @@ def read_source(path: Path) -> Source:
         source = Source(path)
         _add_datasets(source, data, path)
         return source
+    if isinstance(data.get("dataset"), list):
+        raise ConfigError(str(path), [Problem((), "this is a config of this program already; use it as it is")])
     is_gui = path.suffix.lower() == ".json"
     source = Source(path, is_gui)
     if is_gui:

@@ -27,6 +27,7 @@ SCHEDULES = {
 NEAREST_SCHEDULES = {"cosine_with_restarts": "cosine", "polynomial": "linear", "warmup_stable_decay": "linear"}
 PRECISIONS = {"no": "fp32", "fp16": "fp16", "bf16": "bf16", "float": "fp32", "fp32": "fp32"}
 DEFAULT_RATE = 2e-6
+OWN_RATE = 1e-4  # where theirs is none of AdamW
 
 
 def translate(source: Source) -> Ledger:
@@ -114,7 +115,8 @@ def _translate_rates(ledger: Ledger) -> None:
     if optimizer not in OPTIMIZERS:
         for name in ("learning_rate", "unet_lr", "text_encoder_lr"):
             if ledger.is_on(name):
-                ledger.refuse(name, f"a rate of {optimizer}, which is of another size: `optimizer.lr` is 1e-4")
+                ledger.refuse(name, f"a rate of {optimizer}, which is of another size: `optimizer.lr` is {OWN_RATE:g}")
+        ledger.put("optimizer.lr", OWN_RATE, note=f"of AdamW: rates of {optimizer} are of another size")
         return
     name = "learning_rate" if unet is None else "unet_lr"
     rate = unet if unet is not None else shared
@@ -143,6 +145,7 @@ def _translate_optimizer(ledger: Ledger) -> None:
     arguments = [setting for setting in ledger.source.settings if setting.startswith(OPTIMIZER)]
     if optimizer not in OPTIMIZERS:
         ledger.refuse(name, "`adamw` is used, or choose `adamw8bit`")
+        ledger.put("optimizer.name", "adamw", note=f"in place of {optimizer}")
         for setting in arguments:
             ledger.ignore(setting, f"is for {optimizer}")
     else:

@@ -163,6 +163,7 @@ def test_what_sd_scripts_takes_by_itself_is_written_out(importing: Import) -> No
     assert (config.optimizer.lr, config.optimizer.text_encoder_lr, config.optimizer.name) == (2e-6, 2e-6, "adamw")
     assert (config.schedule.name, config.loss.min_snr_gamma, config.dataset[0].buckets) == ("constant", 0.0, False)
     assert "alpha = 1.0  # 1 if not given" in imported.text
+    assert "resolution: not given, which sd-scripts refuses; 512 here" in imported.ledger.differences
     _, with_buckets = importing({"enable_bucket": True})
     dataset = with_buckets.dataset[0]
     assert (dataset.bucket_min, dataset.bucket_max, dataset.bucket_step) == (256, 1024, 64)
@@ -192,6 +193,7 @@ def test_a_rate_of_an_optimiser_that_is_not_here_is_not_taken_over(importing: Im
 
     assert (config.optimizer.name, config.optimizer.lr) == ("adamw", 1e-4)
     assert set(imported.ledger.without_equal) == {"optimizer_type", "unet_lr"}
+    assert "lr = 0.0001  # of AdamW: rates of prodigy are of another size" in imported.text
 
 
 def test_alpha_0_is_the_rank_as_in_sd_scripts(importing: Import) -> None:
@@ -688,6 +690,11 @@ def test_a_wrong_value_is_told_with_file_key_and_remedy(
 def test_what_is_no_json_is_told_with_its_line(importing: Import) -> None:
     with pytest.raises(ConfigError, match=r"theirs.json, line 2: not valid JSON"):
         importing('{"a": 1,\n b}', gui=True)
+
+
+def test_a_config_of_our_own_is_recognised() -> None:
+    with pytest.raises(ConfigError, match="use it as it is"):
+        import_settings(ROOT / "configs" / "ink.toml")
 
 
 def test_secrets_are_not_written_anywhere(importing: Import) -> None:
