@@ -21,7 +21,7 @@ bench: $(VENV)/.installed  ## seconds per step and memory; beside other trainers
 	$(BIN)/python -m benchmarks.training $(ARGS)
 
 test: $(VENV)/.installed-dev  ## run the CPU tests; a part of them: make test ARGS="tests/unit -k config"
-	$(BIN)/python -m pytest -m "not browser and not slow" -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m "not browser and not slow" -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 test-e2e: $(VENV)/.installed-dev  ## run the tests that take long or need a browser (Debian's chromium)
 	$(BIN)/python -m pytest -m "browser or slow" $(ARGS)

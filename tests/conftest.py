@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from lora_diffusion.launch import spin_briefly
+
+spin_briefly()  # as every command does: several tests run at once
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is repeatable only with a fixed workspace

@@ -83,7 +83,7 @@ def test_number_of_workers_changes_nothing(source: BatchSource) -> None:
 @pytest.mark.skipif(os.name == "nt", reason="Windows ends processes without asking them")
 def test_workers_outlive_signals_that_are_sent_to_all_processes_of_a_run(source: BatchSource) -> None:
     batches = LoadedBatches(source, 0, 20, workers=2)
-    drawn = [next(batches)]
+    drawn = [next(batches), next(batches)]  # both workers have begun
     workers = multiprocessing.active_children()
     assert len(workers) == 2
     for worker in workers:
