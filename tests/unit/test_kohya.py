@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from lora_diffusion.adapters.inject import select_layers
 from lora_diffusion.cli import app
 from lora_diffusion.config import TrainConfig
-from lora_diffusion.config_errors import ConfigError, sections
+from lora_diffusion.config_errors import OTHER_NAMES, ConfigError, sections
 from lora_diffusion.kohya.blocks import NUM_BLOCKS, block_pattern, named_weights
 from lora_diffusion.kohya.gui import GUI_ROWS, KINDS
 from lora_diffusion.kohya.keys import NEEDS, TRANSLATED, WITHOUT_EFFECT, WITHOUT_EQUAL, by_name, spoken
@@ -745,3 +745,12 @@ def test_the_command_overwrites_only_when_told(tmp_path: Path) -> None:
     assert run("import", source, "--out", source, "--overwrite").exit_code == 2
     assert run("import", source, "--out", out, "--overwrite").exit_code == 0
     assert TrainConfig.load(out).adapter.alpha == 1.0
+
+
+def test_messages_about_keys_name_the_same_equals() -> None:
+    """A config of ours that holds a name of sd-scripts is told the key that `import` would write."""
+    ours = {name: row.ours for row in TRANSLATED for name in row.theirs}
+    for name, key in OTHER_NAMES.items():
+        if name in ours:
+            assert any(equal == key or equal.endswith(f".{key}") for equal in ours[name]), name
+    assert len(ours.keys() & OTHER_NAMES.keys()) > 20
