@@ -71,6 +71,11 @@ def read_header(path: Path) -> Header:
     return _parse(path, raw, data_size=status.st_size - 8 - length)
 
 
+def weight_stem(part: str) -> str:
+    """How the names of the weight files of "unet", "vae" or "text_encoder" begin in a diffusers folder."""
+    return "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
+
+
 def weight_files(folder: Path, stem: str) -> list[Path]:
     """The safetensors files of one component of a diffusers folder, in the order in which diffusers looks for them.
 

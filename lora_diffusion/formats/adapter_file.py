@@ -22,11 +22,11 @@ from lora_diffusion.container import ContainerError, Header, read_header
 from lora_diffusion.errors import RunError
 from lora_diffusion.files import replacement_of
 from lora_diffusion.formats.families import made_for
+from lora_diffusion.formats.file_content import FileContent
 from lora_diffusion.formats.layout import AdapterFileError, Format, Layout, layout_of, magnitude_shape
 from lora_diffusion.formats.metadata import hash_of_pieces, legacy_hash, network_metadata
 from lora_diffusion.formats.names import canonical_name, name_in_file, usual_name
 from lora_diffusion.formats.peft_file import MAGNITUDES, peft_alphas, peft_metadata, peft_tensors
-from lora_diffusion.formats.tensor_file import TensorFile
 
 Modules = Mapping[str, Mapping[str, Tensor]]
 
@@ -139,7 +139,7 @@ class AdapterFile:
         per output. Raises AdapterFileError if it cannot hold this adapter, RunError if a value does not fit `dtype`, if
         the disk is full, or if what was written reads back differently; what was at `path` is still there then.
         """
-        content = TensorFile(self._tensors(format, dtype))
+        content = FileContent(self._tensors(format, dtype))
         for key, tensor in content.tensors.items():
             if not bool(torch.isfinite(tensor).all()):
                 kind = str(tensor.dtype).removeprefix("torch.")
@@ -155,7 +155,7 @@ class AdapterFile:
         except OSError as error:
             raise RunError(f"{path}: the adapter cannot be written ({error.strerror}).") from error
 
-    def _check_written(self, path: Path, temporary: Path, content: TensorFile) -> None:
+    def _check_written(self, path: Path, temporary: Path, content: FileContent) -> None:
         """Raises RunError if the file that is to be at `path` does not hold `content`, or means something else."""
         try:
             header = read_header(temporary)
@@ -212,7 +212,7 @@ class AdapterFile:
             for key, tensor in tensors.items()
         }
 
-    def _metadata_for(self, format: Format, content: TensorFile) -> dict[str, str]:
+    def _metadata_for(self, format: Format, content: FileContent) -> dict[str, str]:
         """The given metadata, brought in line with the tensors."""
         own = ("ss_network_", "lora_adapter_metadata", "sshs_", "unet:", "text_encoder:")
         metadata = {key: text for key, text in self.metadata.items() if not key.startswith(own)}

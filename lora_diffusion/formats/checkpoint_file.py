@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_diffusion.container import PICKLE_SUFFIXES, Header, read_header, scaling_problem, weight_files
+from lora_diffusion.container import PICKLE_SUFFIXES, Header, read_header, scaling_problem, weight_files, weight_stem
 from lora_diffusion.errors import RunError
 from lora_diffusion.files import CHUNK_BYTES, sync_folder
 from lora_diffusion.formats.checkpoint_layout import (
@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 Change = Callable[[Tensor], Tensor]
 """From a layer's weight W (float32) to what is added to it, ΔW, of the same shape."""
 
-PARTS = {"unet": "diffusion_pytorch_model", "text_encoder": "model", "text_encoder_2": "model"}
-"""Components of a diffusers folder that adapters change → the stem of their weight files."""
+PARTS = ("unet", "text_encoder", "text_encoder_2")
+"""Components of a diffusers folder that adapters change."""
 
 DTYPES = {
     **{"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64},
@@ -73,7 +73,9 @@ class BaseWeights:
             layout = layout_of_checkpoint(path, header)
             return cls(path, layout.family, layout.layers, layout.others, {path: header})
         folders = {part: path / part for part in PARTS if part == "unet" or (path / part).is_dir()}
-        parts = {part: {file: _header(file) for file in weight_files(folders[part], PARTS[part])} for part in folders}
+        parts = {
+            part: {file: _header(file) for file in weight_files(folders[part], weight_stem(part))} for part in folders
+        }
         layout = layout_of_folder(path, parts)
         headers = {file: header for files in parts.values() for file, header in files.items()}
         return cls(path, layout.family, layout.layers, layout.others, headers)

@@ -15,7 +15,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lora_diffusion.container import weight_files
+from lora_diffusion.container import weight_files, weight_stem
 from lora_diffusion.ldm_names import Place
 from lora_diffusion.models.errors import ModelError
 from lora_diffusion.models.libraries import (
@@ -139,8 +139,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _stored(module: nn.Module, folder: Path, rename: Rename) -> dict[str, Stored]:
     """Where the weights of `module` are in the files of `folder`; ModelError if they are not those of its config."""
-    stem = "model" if folder.name.startswith("text_encoder") else "diffusion_pytorch_model"
-    files = [TensorFile(path) for path in weight_files(folder, stem)]
+    files = [TensorFile(path) for path in weight_files(folder, weight_stem(folder.name))]
     stored = {
         renamed: Stored(file, Place(name))
         for file in files

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_diffusion.container import read_header, weight_files
+from lora_diffusion.container import read_header, weight_files, weight_stem
 
 _NUM_SAMPLES = 256
 _SAMPLE_BYTES = 4096
@@ -21,8 +21,7 @@ def fingerprint(source: Path, parts: Sequence[str]) -> dict[str, str]:
     """
     if source.is_file():
         return {"checkpoint": _hash([source])}
-    stems = {part: "model" if part.startswith("text_encoder") else "diffusion_pytorch_model" for part in parts}
-    return {part: _hash(weight_files(source / part, stem)) for part, stem in stems.items()}
+    return {part: _hash(weight_files(source / part, weight_stem(part))) for part in parts}
 
 
 def _hash(files: Sequence[Path]) -> str:

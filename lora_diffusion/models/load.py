@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lora_diffusion.container import PICKLE_SUFFIXES, conversion_command, read_header
+from lora_diffusion.container import PICKLE_SUFFIXES, conversion_command, read_header, weight_stem
 from lora_diffusion.diffusion.schedule import Prediction
 from lora_diffusion.models.attention import AttentionKind, set_attention
 from lora_diffusion.models.base import DiffusionModel
@@ -28,10 +28,7 @@ from lora_diffusion.models.single_file import checkpoint_schedule, read_checkpoi
 from lora_diffusion.progress import Track, silent
 
 HUB_FILES = ("model_index.json", "*/*.json", "tokenizer*/*")
-HUB_WEIGHTS = (
-    *("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model"),
-    *("text_encoder/model", "text_encoder_2/model"),
-)
+HUB_WEIGHTS = tuple(f"{part}/{weight_stem(part)}" for part in PARTS["sdxl"])  # the other families have fewer parts
 _WHOLE_ENDINGS, _HALF_ENDING = (".safetensors", "-*-of-*.safetensors"), ".fp16.safetensors"
 
 

@@ -17,7 +17,7 @@ _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", t
 
 
 @dataclass(frozen=True)
-class TensorFile:
+class FileContent:
     """tensors: key → contiguous tensor on the CPU, of one of the four dtypes above."""
 
     tensors: Mapping[str, Tensor]
