@@ -1,7 +1,8 @@
 """The queue's database: what was asked for, in which order, and when things happened. Never what is so now.
 
 Every function opens a connection of its own and makes one transaction, so any number of processes can use it, and one
-that is killed leaves nothing half done.
+that is killed leaves nothing half done. The journal is SQLite's plain one: WAL needs memory that processes share, which
+network drives lack, and the switch to WAL fails where it would have to wait for another process.
 """
 
 from __future__ import annotations
@@ -193,8 +194,6 @@ class Store:
             raise QueueError(f"{self.path.parent} cannot be made: {error.strerror}. Choose another --root.") from error
         try:
             with closing(sqlite3.connect(self.path, timeout=_BUSY_TIMEOUT_S, isolation_level=None)) as db:
-                if db.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
-                    db.execute("PRAGMA journal_mode = WAL")
                 db.execute(_SCHEMA)
                 _add_new_columns(db)
                 db.execute("BEGIN IMMEDIATE" if write else "BEGIN")
