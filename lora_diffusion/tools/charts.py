@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Matrix = Sequence[Sequence[float]]
 
 COLORS = ("#1f5fa8", "#c2571a", "#3f8f6b", "#8e6bbf", "#c9a227", "#6fa8dc", "#a83254", "#7a8288")
-"""One per adapter; they begin again after the last."""
+"""One per panel of bars; they begin again after the last."""
 
 TEXT = "#2b2e33"
 GRID = "#e4e4e0"
@@ -27,7 +27,7 @@ DPI = 100
 
 _OUTER = {"conv_in": "in", "conv_out": "out", "time_embedding": "time", "add_embedding": "time"}
 _ORDER = ("time", "in", "down", "mid", "up", "out", "text")
-_WIDTH_PX = (900, 1800)  # the narrowest and the widest chart
+_WIDTH_PX = 900  # of the narrowest chart
 _MAX_NUMBERED = 12  # adapters; with more, numbers no longer fit into a heat map's cells
 
 
@@ -57,64 +57,28 @@ def in_order(blocks: Iterable[str]) -> list[str]:
     return sorted(set(blocks), key=_position)
 
 
-def bar_chart(
-    path: Path, title: str, groups: Mapping[str, Mapping[str, float]], *, value_name: str, num_columns: int = 4
-) -> None:
-    """Write a PNG with a bar per block and adapter, about 900 px wide, more where there is much to show.
-
-    groups: adapter's name → block → value; blocks as `block_of` calls them. A value that is missing or not finite has
-    no bar. num_columns: of the legend. Raises ValueError when there is nothing to draw.
-    """
-    blocks = in_order(block for values in groups.values() for block in values)
-    if not blocks:
-        raise ValueError("there is no block to draw")
-    legend_rows = math.ceil(len(groups) / num_columns) if len(groups) > 1 else 0
-    figure = _figure(_chart_width(len(blocks), len(groups)), 420 + 20 * legend_rows)
-    axes = figure.subplots()
-    _draw_bars(axes, blocks, groups, value_name)
-    _name_blocks(axes, blocks)
-    axes.set_title(title, loc="left", fontsize=12, color=TEXT, fontweight="bold", pad=8 + 15 * legend_rows)
-    if legend_rows:
-        place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2, "handlelength": 1}
-        axes.legend(frameon=False, fontsize=9, labelcolor=TEXT, ncols=num_columns, **place)
-    _save(figure, path)
-
-
 def bar_panels(path: Path, title: str, panels: Mapping[str, Mapping[str, float]]) -> None:
     """Write a PNG with several numbers of one adapter, each in a bar chart of its own over the same blocks.
 
-    panels: the number's name → block → value. Raises ValueError when there is nothing to draw.
+    panels: the number's name → block → value; blocks as `block_of` calls them. A value that is missing or not finite
+    has no bar. Raises ValueError when there is nothing to draw.
     """
     blocks = in_order(block for values in panels.values() for block in values)
     if not blocks:
         raise ValueError("there is no block to draw")
-    figure = _figure(_chart_width(len(blocks), 1), 90 + 240 * len(panels))
+    figure = _figure(max(_WIDTH_PX, 110 + 33 * len(blocks)), 90 + 240 * len(panels))
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=TEXT, fontweight="bold")
     rows = figure.subplots(len(panels), 1, squeeze=False, sharex=True).flat
     for number, (axes, (name, values)) in enumerate(zip(rows, panels.items(), strict=True)):
-        _draw_bars(axes, blocks, {name: values}, name, first_color=number)
+        _draw_bars(axes, blocks, values, name, COLORS[number % len(COLORS)])
     _name_blocks(rows[-1], blocks)
     figure.align_ylabels()
     _save(figure, path)
 
 
-def _chart_width(num_blocks: int, num_groups: int) -> int:
-    return min(max(110 + num_blocks * max(26, 7 * num_groups + 8), _WIDTH_PX[0]), _WIDTH_PX[1])
-
-
-def _draw_bars(
-    axes: Axes,
-    blocks: Sequence[str],
-    groups: Mapping[str, Mapping[str, float]],
-    value_name: str,
-    first_color: int = 0,
-) -> None:
-    bar = 0.84 / len(groups)
-    for number, (label, values) in enumerate(groups.items()):
-        shown = [(at, values[block]) for at, block in enumerate(blocks) if math.isfinite(values.get(block, math.nan))]
-        places = [at - 0.42 + bar * (number + 0.5) for at, _ in shown]
-        color = COLORS[(first_color + number) % len(COLORS)]
-        axes.bar(places, [value for _, value in shown], width=bar * 0.92, color=color, label=_short(label))
+def _draw_bars(axes: Axes, blocks: Sequence[str], values: Mapping[str, float], value_name: str, color: str) -> None:
+    shown = [(at, values[block]) for at, block in enumerate(blocks) if math.isfinite(values.get(block, math.nan))]
+    axes.bar([at for at, _ in shown], [value for _, value in shown], width=0.77, color=color)
     axes.set_xlim(-0.6, len(blocks) - 0.4)
     for at in range(1, len(blocks)):
         if _stretch(blocks[at]) != _stretch(blocks[at - 1]):
@@ -152,7 +116,7 @@ def heat_map(
     num_columns = min(9, len(blocks)) or 1
     num_rows = math.ceil(len(blocks) / num_columns)
     upper_px, lower_px = min(500, 260 + 40 * len(labels)), 112 * num_rows + 34
-    figure = _figure(_WIDTH_PX[0], upper_px + (lower_px if blocks else 0))
+    figure = _figure(_WIDTH_PX, upper_px + (lower_px if blocks else 0))
     upper, lower = figure, None
     if blocks:
         upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=(upper_px, lower_px)).flat
