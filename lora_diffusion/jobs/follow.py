@@ -138,17 +138,6 @@ class RunFollower:
             AdapterEntry(path, step, size, is_released) for path, step, is_released in entries if (size := _size(path))
         ]
 
-    def files(self) -> list[Path]:
-        """What lies directly in the run folder for people to take: adapters, pictures, config, log, model card."""
-        if not self.run.path.is_dir():
-            return []
-        hidden = ("run.lock", "run.lock.json")
-        return sorted(
-            path
-            for path in self.run.path.iterdir()
-            if path.is_file() and path.name not in hidden and not path.name.startswith(".")
-        )
-
     def _prompts(self) -> list[str]:
         try:
             config = tomllib.loads(self.run.config.read_text(encoding="utf-8"))

@@ -44,7 +44,7 @@ def test_a_folder_without_a_run_has_nothing(tmp_path: Path) -> None:
     assert follower.series().values == []
     assert follower.new_log() == ""
     assert follower.previews().steps == []
-    assert (follower.checkpoints(), follower.adapters(), follower.files()) == ([], [], [])
+    assert (follower.checkpoints(), follower.adapters()) == ([], [])
 
 
 def test_half_a_line_is_read_when_it_is_whole(run: RunFolder) -> None:
