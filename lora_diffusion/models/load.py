@@ -18,6 +18,7 @@ from lora_diffusion.models.components import PARTS, Dtypes, read_folder, read_js
 from lora_diffusion.models.errors import ModelError
 from lora_diffusion.models.families import FAMILIES, NAMES, Evidence, family_of_checkpoint, family_of_config
 from lora_diffusion.models.fingerprint import fingerprint
+from lora_diffusion.models.heap import keep_heap
 from lora_diffusion.models.hub import hub_folder, is_hub_id
 from lora_diffusion.models.libraries import UNet2DConditionModel
 from lora_diffusion.models.matmul_conv import multiply_convolutions
@@ -62,6 +63,8 @@ def load_model(
     than asked for or of one this version does not train, or if its files contradict a setting.
     """
     check_quantise(quantise)
+    if torch.device(device).type == "cpu":
+        keep_heap()
     source = find(path)
     evidence = detect_family(source)
     _check_family(source, family, evidence)
