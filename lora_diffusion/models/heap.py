@@ -17,7 +17,7 @@ def keep_heap() -> None:
 
     By itself it gives memory back as soon as some 10 MB are free, and blocks of 32 MB always. The system hands the next
     tensor new pages, clearing each: adding a number to 42 MB then takes 50 ms in place of 8, encoding 16 pictures of
-    256 px with SD's VAE 56 s in place of 43. A training of SD 1.5 holds 2 % more at most.
+    256 px with SD's VAE 56 s in place of 43. A training of SD 1.5 holds 1 % more at most.
     """
     library = _glibc()
     if library is not None:
