@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lora_diffusion.adapters.base import Adapter
 from lora_diffusion.models.base import Conditioning, DiffusionModel, size_numbers
+from lora_diffusion.models.heap import trim_heap
 from lora_diffusion.streams import stream
 from lora_diffusion.training.memory import PeakMemory, memory_limit
 
@@ -68,6 +69,7 @@ def estimate_step(
 def encoding_bytes(model: DiffusionModel, size: tuple[int, int], batch_size: int) -> int:
     """Peak memory while pictures of `size` (width, height) px are encoded, `batch_size` at once; measured on one."""
     device = model.vae.device  # the UNet may still wait elsewhere
+    trim_heap()  # or the picture takes memory that counts already
     with PeakMemory(device) as before:
         pixels = torch.zeros(1, 3, size[1], size[0], device=device)
     with PeakMemory(device) as during:

@@ -12,6 +12,7 @@ from lora_diffusion.check import check_run
 from lora_diffusion.config import TrainConfig
 from lora_diffusion.errors import UserError
 from lora_diffusion.models.checkpointing import checkpoint_blocks
+from lora_diffusion.models.heap import trim_heap
 from lora_diffusion.models.load import load_model
 from lora_diffusion.streams import stream
 from lora_diffusion.training.estimate import _Probe
@@ -21,12 +22,13 @@ from tests.training_runs import draw_pictures, write_config
 
 def test_the_peak_is_what_was_held_at_most() -> None:
     size = 200 * 2**20
+    trim_heap()  # or the tensor takes freed memory of other tests, which is resident already
     before = resident_bytes()
     with PeakMemory(torch.device("cpu")) as memory:
         held = torch.ones(size // 4)
         del held
 
-    assert size <= memory.bytes - before < 1.5 * size
+    assert 0.99 * size <= memory.bytes - before < 1.5 * size  # parts of pages may have been there
 
 
 def test_the_largest_batch_follows_from_what_is_free(
