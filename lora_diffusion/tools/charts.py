@@ -66,7 +66,7 @@ def bar_panels(path: Path, title: str, panels: Mapping[str, Mapping[str, float]]
     blocks = in_order(block for values in panels.values() for block in values)
     if not blocks:
         raise ValueError("there is no block to draw")
-    figure = _figure(max(_WIDTH_PX, 110 + 33 * len(blocks)), 90 + 240 * len(panels))
+    figure = _figure(max(_WIDTH_PX, 110 + 26 * len(blocks)), 90 + 240 * len(panels))
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=TEXT, fontweight="bold")
     rows = figure.subplots(len(panels), 1, squeeze=False, sharex=True).flat
     for number, (axes, (name, values)) in enumerate(zip(rows, panels.items(), strict=True)):

@@ -87,7 +87,7 @@ def test_a_value_that_is_not_finite_has_no_bar_and_many_blocks_make_the_chart_wi
     one, two = (num_pixels(tmp_path / name, COLORS[0]) for name in ("a.png", "b.png"))
 
     assert two > 1.9 * one > 0
-    assert [Image.open(tmp_path / name).width for name in ("a.png", "c.png")] == [900, 110 + 33 * 40]
+    assert [Image.open(tmp_path / name).width for name in ("a.png", "c.png")] == [900, 110 + 26 * 40]
 
 
 def test_panels_without_a_block_are_an_error(tmp_path: Path) -> None:
