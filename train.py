@@ -3,10 +3,11 @@
 import typer
 
 from lora_diffusion.cli import errors_as_messages, train
-from lora_diffusion.launch import complete_cpu_launch, spin_briefly
+from lora_diffusion.launch import complete_cpu_launch, end_quickly, spin_briefly
 
 if __name__ == "__main__":
     spin_briefly()
+    end_quickly()
     with errors_as_messages(debug=False):
         complete_cpu_launch()
     typer.run(train)

@@ -9,7 +9,7 @@ import typer
 
 from lora_diffusion import cli_captions, cli_files, cli_import, cli_merge, cli_queue, cli_serve, cli_sweep, cli_ui
 from lora_diffusion.cli_base import DebugOption, app, errors_as_messages
-from lora_diffusion.launch import spin_briefly
+from lora_diffusion.launch import end_quickly, spin_briefly
 from lora_diffusion.progress import bar, silent
 
 if TYPE_CHECKING:
@@ -132,4 +132,5 @@ def generate(
 
 def main() -> None:
     spin_briefly()
+    end_quickly()
     app()

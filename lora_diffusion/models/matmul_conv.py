@@ -75,36 +75,30 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: MatmulConv2d) -> Tensor:
         ctx.layer = layer
         ctx.shape = x.shape
-        windows = _windows(_padded(x.transpose(0, 1), layer), layer)
-        y = _product(layer.weight.flatten(1), torch.stack(windows, 1).flatten(2).flatten(0, 1))
-        y = y.view(-1, *windows[0].shape[1:]).transpose(0, 1).contiguous()
+        windows = nn.functional.unfold(x, **_geometry(layer))  # (B, C · k · k, N) of N pixels
+        y = _product(layer.weight.flatten(1), windows.transpose(0, 1).flatten(1))
+        y = y.view(-1, len(x), *_sides(x, layer)).transpose(0, 1).contiguous()
         return y if layer.bias is None else y.add_(layer.bias[:, None, None])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         layer = ctx.layer
-        batch, channels, height, width = ctx.shape
+        batch, _, height, width = ctx.shape
         grad_windows = _product(layer.weight.flatten(1).T, grad_output.transpose(0, 1).flatten(1))
-        down, across = layer.padding
-        grad = grad_output.new_zeros(channels, batch, height + 2 * down, width + 2 * across)
-        windows = _windows(grad, layer)
-        for window, added in zip(windows, grad_windows.view(channels, len(windows), -1).unbind(1), strict=True):
-            window += added.view(window.shape)
-        return grad[..., down : down + height, across : across + width].transpose(0, 1).contiguous(), None
+        grad_windows = grad_windows.view(len(grad_windows), batch, -1).transpose(0, 1)
+        return nn.functional.fold(grad_windows, (height, width), **_geometry(layer)), None
 
 
-def _padded(x: Tensor, layer: nn.Conv2d) -> Tensor:
+def _sides(x: Tensor, layer: nn.Conv2d) -> list[int]:
+    """Height and width of the output."""
     assert not isinstance(layer.padding, str)
-    down, across = layer.padding
-    return nn.functional.pad(x, (across, across, down, down))
+    sides = zip(x.shape[2:], layer.padding, layer.kernel_size, layer.stride, strict=True)
+    return [(side + 2 * padding - kernel) // stride + 1 for side, padding, kernel, stride in sides]
 
 
-def _windows(x: Tensor, layer: nn.Conv2d) -> list[Tensor]:
-    """For each place in the kernel, what all outputs see through it. x: (C, B, H, W), padded."""
-    (tall, wide), (down, across) = layer.kernel_size, layer.stride
-    height, width = x.shape[2] - tall + 1, x.shape[3] - wide + 1
-    return [x[:, :, i : i + height : down, j : j + width : across] for i in range(tall) for j in range(wide)]
+def _geometry(layer: nn.Conv2d) -> dict[str, Any]:
+    return {"kernel_size": layer.kernel_size, "padding": layer.padding, "stride": layer.stride}
 
 
 def _product(weight: Tensor, columns: Tensor) -> Tensor:

@@ -52,3 +52,19 @@ def test_threads_of_torch_soon_sleep_while_they_wait() -> None:
     )
 
     assert "GOMP_SPINCOUNT = '3000'" in process.stderr
+
+
+def test_a_process_ends_without_looking_through_its_objects() -> None:
+    code = (
+        "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count()))\n"  # runs last
+        "from lora_diffusion.launch import end_quickly; end_quickly(); objects = [[] for _ in range(5000)]"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+
+    assert int(process.stdout) > 5000
