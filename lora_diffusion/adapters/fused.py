@@ -88,7 +88,7 @@ class _JointLoRALinear(torch.autograd.Function):
             strict=True,
         )
         for part, made, down, up, scale in parts:
-            hidden.append(_rows(part) @ down.to(x.dtype).T)  # (rows, r)
+            hidden.append(_narrow(_rows(part), down.to(x.dtype).T))  # (rows, r)
             made.view(-1, made.shape[-1]).addmm_(hidden[-1], up.to(x.dtype).T, alpha=scale)
         ctx.save_for_backward(x, weight, *hidden, *factors)
         ctx.rows, ctx.scales = rows, scales
@@ -109,9 +109,9 @@ class _JointLoRALinear(torch.autograd.Function):
         )  # fmt: skip
         for part, grad_part, grad_in, inner, down, up, scale in parts:
             grad_rows = _rows(grad_part)
-            grad_hidden = (grad_rows @ up.to(x.dtype)).mul_(scale)
+            grad_hidden = _narrow(grad_rows, up.to(x.dtype), scale)
             grads.append((grad_hidden.T @ _rows(part)).to(down.dtype))
-            grads.append((grad_rows.T @ inner).to(up.dtype).mul_(scale))
+            grads.append(_narrow(grad_rows.T, inner, scale).to(up.dtype))
             if wants_x:
                 grad_in.view(-1, grad_in.shape[-1]).addmm_(grad_hidden, down.to(x.dtype))
         return (grad_x if wants_x else None, None, None, None, None, *grads)

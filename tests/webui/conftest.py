@@ -30,6 +30,10 @@ CHROMIUM_OPTIONS = [
 ]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name != "test_story.py")  # minutes long: the others run beside it
+
+
 @pytest.fixture()
 def workspace(tmp_path: Path) -> Workspace:
     return make_workspace(tmp_path / "workspace")

@@ -29,7 +29,7 @@ from lora_diffusion.workspace import Workspace
 from tests.webui.conftest import Pages, wait_for
 
 expect = pytest.importorskip("playwright.sync_api").expect
-pytestmark = [pytest.mark.browser, pytest.mark.slow]
+pytestmark = pytest.mark.browser
 
 PROJECT = Path(__file__).parents[2]
 STEPS = 160
