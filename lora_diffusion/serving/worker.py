@@ -17,6 +17,7 @@ from lora_diffusion.generation.engine import Cancelled, Engine
 from lora_diffusion.generation.infotext import png_bytes, write_parameters
 from lora_diffusion.generation.library import AdapterLibrary
 from lora_diffusion.generation.request import Request
+from lora_diffusion.models.heap import trim_heap
 from lora_diffusion.serving.device import DeviceBusy, DeviceLock
 from lora_diffusion.serving.orders import Key, Order, OrderBook, Unit
 
@@ -42,7 +43,7 @@ class Worker(threading.Thread):
         idle_s: float = 300.0,
         when_idle: Callable[[], None] | None = None,
     ) -> None:
-        """idle_s: after so long without work the device's cached memory is given back.
+        """idle_s: after so long without work the memory that is kept for the next pictures is given back.
 
         when_idle: called then in place of that, or as soon as another process has the device and nothing is left to
         draw. The worker ends with it.
@@ -190,5 +191,6 @@ def _jpeg(image: Image.Image) -> bytes:
 
 
 def _free_cache() -> None:
+    trim_heap()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

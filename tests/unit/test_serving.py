@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import queue
 import re
 import threading
 import time
@@ -462,6 +463,31 @@ def test_an_engine_that_may_end_does_so_when_another_has_the_device_and_nothing_
         assert not ended.wait(0.2)
         with other.held():
             assert ended.wait(TIMEOUT_S)
+
+
+def test_freed_memory_is_given_back_once_after_some_time_without_work_and_when_another_has_the_device(
+    model: DiffusionModel, solo: Engine, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_back: queue.Queue[None] = queue.Queue()
+    monkeypatch.setattr(worker, "_POLL_S", 0.01)
+    monkeypatch.setattr(worker, "trim_heap", lambda: given_back.put(None))
+    path = tmp_path / "cpu.lock"
+    server = start(model, solo, folder, lock=path, idle_s=0.3)
+    with server.client:
+        assert server.done(server.order()["url"])["status"] == "done"
+        given_back.get(timeout=TIMEOUT_S)
+        with pytest.raises(queue.Empty):
+            given_back.get(timeout=0.5)
+
+    server = start(model, solo, folder, lock=path)
+    with server.client:
+        assert server.done(server.order()["url"])["status"] == "done"
+        with pytest.raises(queue.Empty):
+            given_back.get(timeout=0.5)
+        with DeviceLock(path).held():
+            order = server.order()
+            given_back.get(timeout=TIMEOUT_S)
+        assert server.done(order["url"])["status"] == "done"
 
 
 def test_an_engine_that_may_end_does_so_after_some_time_without_work(
