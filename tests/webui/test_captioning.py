@@ -131,13 +131,31 @@ def test_what_went_wrong_is_told_and_a_captioner_elsewhere_is_refused(
     assert "models/blip: transformers cannot use this captioner" in page.locator("#dataset-caption-job").inner_text()
 
 
+@pytest.fixture()
+def proposals(workspace: Workspace, shapes: Path) -> None:
+    """As if a captioning of data/shapes had ended. To be asked for before `url`, whose runner would begin it."""
+    from lora_diffusion.captioning.proposals import Proposal, Proposals, proposals_file
+    from lora_diffusion.config_captions import CaptionOrder
+    from lora_diffusion.runs import RunFolder
+
+    queue = Queue(workspace, start_runner=lambda _: None)
+    order = CaptionOrder.of(folder="data/shapes", captioner="models/blip", overwrite=True, write="none")
+    job = queue.add_captions(order)
+    queue.cancel(job.id)
+    names = [f"{number}.png" for number in range(6)]
+    caption = f"a red house under a yellow sun {HOSTILE}"
+    made = {name: Proposal(caption, None if name == "0.png" else "x") for name in names}
+    Proposals(made, {"broken.png": "not a picture but an HTML page"}).write(proposals_file(job.run))
+    run = RunFolder(job.run)
+    run.begin(len(made), len(made))
+    run.end("finished")
+
+
 @pytest.mark.parametrize(("scheme", "language"), [("light", ""), ("dark", "/de")])
 @pytest.mark.parametrize("width", [390, 1440])
 def test_the_section_and_the_sheet_fit_the_screen(
-    workspace: Workspace, shapes: Path, url: str, open_page: Callable[..., Any], tmp_path: Path,
-    width: int, scheme: str, language: str,
-) -> None:  # fmt: skip
-    propose(workspace, {f"{number}.png": f"a red house under a yellow sun {HOSTILE}" for number in range(6)})
+    proposals: None, url: str, open_page: Callable[..., Any], tmp_path: Path, width: int, scheme: str, language: str
+) -> None:
     options = {"color_scheme": scheme, "locale": "de-DE" if language else "en-US"}
     page = open_page(f"{url}{language}/dataset?set=data/shapes", width=width, height=844, **options)
     page.locator("#dataset-captioning > summary").click()
@@ -154,20 +172,3 @@ def test_the_section_and_the_sheet_fit_the_screen(
     assert sheet.evaluate("element => element.scrollWidth <= element.clientWidth")
     assert sheet.locator("img[src=x]").count() == 0
     assert not re.search(r"dataset\.\w|review\.\w|caption\.\w|\{\w+\}", page.locator("#dataset").inner_text())
-
-
-def propose(workspace: Workspace, captions: dict[str, str]) -> None:
-    """As if a captioning of data/shapes had proposed these and ended."""
-    from lora_diffusion.captioning.proposals import Proposal, Proposals, proposals_file
-    from lora_diffusion.config_captions import CaptionOrder
-    from lora_diffusion.runs import RunFolder
-
-    queue = Queue(workspace, start_runner=lambda _: None)
-    order = CaptionOrder.of(folder="data/shapes", captioner="models/blip", overwrite=True, write="none")
-    job = queue.add_captions(order)
-    queue.cancel(job.id)
-    made = {name: Proposal(caption, None if name == "0.png" else "x") for name, caption in captions.items()}
-    Proposals(made, {"broken.png": "not a picture but an HTML page"}).write(proposals_file(job.run))
-    run = RunFolder(job.run)
-    run.begin(len(made), len(made))
-    run.end("finished")
