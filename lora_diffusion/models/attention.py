@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Literal
 
@@ -35,12 +34,6 @@ def set_attention(unet: UNet2DConditionModel, kind: AttentionKind, device: torch
             ) from error
 
 
-def _with_signature(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`function`, which knows its signature: diffusers asks for it at every call, and to find it takes 0.3 ms."""
-    function.__signature__ = inspect.signature(function)  # pyright: ignore[reportFunctionMemberAccess]
-    return function
-
-
 class _Fused(AttnProcessor2_0):
     """torch's fused attention with fewer operations around it: projections of one input may be computed together.
 
@@ -48,7 +41,6 @@ class _Fused(AttnProcessor2_0):
     `lora_diffusion.adapters.together`.
     """
 
-    @_with_signature
     def __call__(
         self,
         attn: Attention,
@@ -77,7 +69,7 @@ class _Fused(AttnProcessor2_0):
 
 
 class FasterOnGPU(_Fused):
-    """Fused attention; see `projections_with_one_input`."""
+    """Fused attention, in layers whose projections `projections_with_one_input` finds."""
 
 
 def projections_with_one_input(root: nn.Module) -> Iterator[tuple[nn.Module, ...]]:

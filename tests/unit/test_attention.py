@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
 
@@ -53,11 +51,3 @@ def test_plain_attention_in_bfloat16_rounds_where_diffusers_does(upcasts: bool) 
         results.append(attention(*inputs(is_cross=True, dtype=torch.bfloat16)))
 
     assert torch.equal(results[1], results[0])
-
-
-@pytest.mark.parametrize("processor", [FasterOnCPU, FasterOnGPU])
-def test_the_signature_that_is_kept_is_the_true_one(processor: type[FasterOnCPU | FasterOnGPU]) -> None:
-    kept = inspect.signature(processor().__call__)
-    code = processor.__call__.__code__
-
-    assert list(kept.parameters) == list(code.co_varnames[1 : code.co_argcount])
