@@ -12,8 +12,7 @@ from lora_diffusion.models.base import DiffusionModel
 from lora_diffusion.models.checkpointing import checkpoint_blocks
 from lora_diffusion.models.fused_layers import fuse_layers
 from lora_diffusion.models.load import load_model
-from lora_diffusion.models.packed_conv import has_fast_bf16, pack_convolutions
-from lora_diffusion.models.winograd import transform_convolutions
+from lora_diffusion.models.on_cpu import suit_to_cpu
 from lora_diffusion.progress import Track, silent
 from lora_diffusion.recipe_adapters import Adapters, inject_adapters, merge_into_base
 
@@ -62,9 +61,7 @@ def suit_to_device(model: DiffusionModel, num_pixels: int, track: Track = silent
     if device.type == "cuda":
         fuse_layers(model.unet)
         return
-    if has_fast_bf16():
-        pack_convolutions(model.unet)  # of bfloat16
-    transform_convolutions(model.unet, num_pixels, track)  # of float32
+    suit_to_cpu(model.unet, num_pixels, track)
 
 
 def prepare_model(

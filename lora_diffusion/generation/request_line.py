@@ -19,8 +19,8 @@ from lora_diffusion.generation.library import HASH_KEY
 from lora_diffusion.generation.request import Request, adapter_name
 from lora_diffusion.generation.sheet import Sheet, draw_cells
 from lora_diffusion.models.load import load_model
+from lora_diffusion.models.on_cpu import suit_to_cpu
 from lora_diffusion.models.precision import DTYPES, resolve_precision
-from lora_diffusion.models.winograd import transform_convolutions
 from lora_diffusion.progress import Track, silent
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ def load_engine(
     """The base without adapters, in the form that draws fastest. configs: see `load_model`."""
     model = load_model(base, configs=configs, dtype=dtype, device=device, track=track)
     if device.type == "cpu":
-        transform_convolutions(model.unet, model.num_latent_pixels(model.default_size), track)
+        suit_to_cpu(model.unet, model.num_latent_pixels(model.default_size), track, needs_gradients=False)
     return Engine(model, batch_size=batch_size)
 
 

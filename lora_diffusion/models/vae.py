@@ -37,7 +37,10 @@ class CheckedVAE:
     def _run(self, compute: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
         dtype = self.vae.dtype
         inputs = inputs.to(self.vae.device, torch.float32)
-        outputs = compute(inputs.to(dtype)).float()
+        given = inputs.to(dtype)
+        if dtype == torch.bfloat16:  # on a CPU, where oneDNN's convolutions are 3 times as fast so; the rest follows
+            given = given.contiguous(memory_format=torch.channels_last)
+        outputs = compute(given).float()
         overflows = ~outputs.isfinite().flatten(1).all(dim=1)  # (B,)
         if dtype == torch.float32 or not bool(overflows.any()):
             return outputs

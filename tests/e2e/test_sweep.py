@@ -16,12 +16,11 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
 
-from lora_diffusion import recipe_base
 from lora_diffusion.config_sweep import Member
 from lora_diffusion.errors import RunError, UserError
 from lora_diffusion.jobs.device_lock import device_lock, holder_of
 from lora_diffusion.jobs.follow import RunFollower
-from lora_diffusion.models import winograd
+from lora_diffusion.models import on_cpu, winograd
 from lora_diffusion.progress import Track
 from lora_diffusion.runs import RunFolder
 from lora_diffusion.training.joint import JointTrainer
@@ -69,7 +68,7 @@ def test_convolutions_transformed_for_the_pictures_of_all_members_change_nothing
         seen.append((num_pixels, winograd.transform_convolutions(unet, num_pixels, track)))
         return seen[-1][1]
 
-    monkeypatch.setattr(recipe_base, "transform_convolutions", transform)
+    monkeypatch.setattr(on_cpu, "transform_convolutions", transform)
     with monkeypatch.context() as patch:
         patch.setattr(winograd, "MIN_CHANNELS", 8)
         patch.setattr(winograd, "MIN_PIXELS", 1)

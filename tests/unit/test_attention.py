@@ -51,3 +51,19 @@ def test_plain_attention_in_bfloat16_rounds_where_diffusers_does(upcasts: bool) 
         results.append(attention(*inputs(is_cross=True, dtype=torch.bfloat16)))
 
     assert torch.equal(results[1], results[0])
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_without_a_backward_pass_attention_in_bfloat16_is_fused(trains: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+
+    def count(*args: torch.Tensor) -> torch.Tensor:
+        calls.append("fused")
+        return fused(*args)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", count)
+    attention = layer(is_cross=False, dtype=torch.bfloat16).requires_grad_(False)
+    attention.set_processor(FasterOnCPU())  # pyright: ignore[reportArgumentType]  # diffusers names one of its own
+    attention(*(x.detach().requires_grad_(trains) for x in inputs(is_cross=False, dtype=torch.bfloat16)))
+    assert calls == ([] if trains else ["fused"])
