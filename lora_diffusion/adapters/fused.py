@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-def lora_linear(x: Tensor, base: nn.Linear, down: Tensor, up: Tensor, scale: float) -> Tensor:
+def lora_linear(x: Tensor, base: nn.Linear | nn.Conv2d, down: Tensor, up: Tensor, scale: float) -> Tensor:
     """The sum x · Wᵀ + bias + scale · (x · downᵀ) · upᵀ, in the dtype of `base`, which `x` (…, in) must have.
 
     down: (r, in) and up: (out, r), cast for the products; their gradients have their own dtypes. For the backward pass
-    only `x` and x · downᵀ are kept.
+    only `x`, x · downᵀ and the cast factors are kept. A 1x1 convolution is the same for every pixel of `x`
+    (B, in, H, W), with factors (r, in, 1, 1) and (out, r, 1, 1).
     """
     apply: Any = _LoRALinear.apply  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-    return apply(x, base.weight, base.bias, down, up, scale)
+    if isinstance(base, nn.Linear):
+        return apply(x, base.weight, base.bias, down, up, scale)
+    pixels, weight = x.permute(0, 2, 3, 1), base.weight.flatten(1)
+    return apply(pixels, weight, base.bias, down.flatten(1), up.flatten(1), scale).permute(0, 3, 1, 2)
 
 
 def joint_lora_linear(
@@ -32,9 +36,16 @@ def joint_lora_linear(
     return apply(x, base.weight, base.bias, tuple(rows), tuple(scales), *flat)
 
 
-def can_fuse(x: Tensor, base: nn.Module) -> bool:
-    """Whether `lora_linear` computes what the layer would: a plain frozen Linear in the input's dtype, no autocast."""
-    return type(base) is nn.Linear and base.weight.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type)
+def can_fuse(x: Tensor, base: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d]:
+    """Whether `lora_linear` computes what the layer would: a plain frozen layer in the input's dtype, no autocast."""
+    is_plain = type(base) is nn.Linear or (isinstance(base, nn.Conv2d) and _is_product(x, base))
+    return is_plain and base.weight.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type)
+
+
+def _is_product(x: Tensor, base: nn.Conv2d) -> bool:
+    """Whether the convolution is a product over channels, and these lie last: on a CPU, as a GPU has kernels for it."""
+    is_plain = (base.kernel_size, base.stride, base.padding, base.groups) == ((1, 1), (1, 1), (0, 0), 1)
+    return is_plain and x.ndim == 4 and x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last)
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -42,12 +53,12 @@ class _LoRALinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
     ) -> Tensor:
-        rows = _rows(x)
-        hidden = _narrow(rows, down.to(x.dtype).T)  # (rows, r)
+        ctx.shape, ctx.scale, ctx.dtypes = x.shape, scale, (down.dtype, up.dtype)
+        rows, down, up = _rows(x), down.to(x.dtype), up.to(x.dtype)
+        hidden = _narrow(rows, down.T)  # (rows, r)
         output = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
-        output.addmm_(hidden, up.to(x.dtype).T, alpha=scale)
+        output.addmm_(hidden, up.T, alpha=scale)
         ctx.save_for_backward(rows, hidden, weight, down, up)
-        ctx.shape, ctx.scale = x.shape, scale
         return output.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -55,14 +66,14 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         rows, hidden, weight, down, up = ctx.saved_tensors
         grad_rows = _rows(grad_output)
-        grad_hidden = _narrow(grad_rows, up.to(rows.dtype), ctx.scale)
+        grad_hidden = _narrow(grad_rows, up, ctx.scale)
         grad_x = grad_down = grad_up = None
         if ctx.needs_input_grad[3]:
-            grad_down = (grad_hidden.T @ rows).to(down.dtype)
+            grad_down = (grad_hidden.T @ rows).to(ctx.dtypes[0])
         if ctx.needs_input_grad[4]:
-            grad_up = _narrow(grad_rows.T, hidden, ctx.scale).to(up.dtype)
+            grad_up = _narrow(grad_rows.T, hidden, ctx.scale).to(ctx.dtypes[1])
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_rows @ weight).addmm_(grad_hidden, down.to(rows.dtype)).view(ctx.shape)
+            grad_x = (grad_rows @ weight).addmm_(grad_hidden, down).view(ctx.shape)
         return grad_x, None, None, grad_down, grad_up, None
 
 

@@ -88,7 +88,6 @@ class LoRA(Adapter):
     def forward(self, x: Tensor) -> Tensor:
         if not self.is_fused(x):
             return super().forward(x)
-        assert isinstance(self.base, nn.Linear)
         return lora_linear(x, self.base, *self.factors(), self.strength * self.scale)
 
     def change(self, x: Tensor, strength: float | Tensor) -> Tensor:

@@ -64,14 +64,44 @@ def test_gradients_agree_with_finite_differences() -> None:
     assert torch.autograd.gradcheck(lambda x, down, up: lora_linear(x, base, down, up, 0.5), inputs)
 
 
-def test_only_the_input_and_the_hidden_values_are_kept_for_the_backward_pass() -> None:
+def test_only_the_input_the_hidden_values_and_cast_factors_are_kept_for_the_backward_pass() -> None:
     adapter = trained_lora(layer(dtype=torch.bfloat16))
     x = torch.randn((7, 24)).bfloat16()
     permanent = {tensor.data_ptr() for tensor in (adapter.base.weight, *adapter.trained())}
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         adapter(x)
-    assert [tuple(t.shape) for t in saved if t.data_ptr() not in permanent] == [(7, 24), (7, 4)]
+    assert [tuple(t.shape) for t in saved if t.data_ptr() not in permanent] == [(7, 24), (7, 4), (4, 24), (40, 4)]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_on_a_1x1_convolution_with_channels_last_it_is_the_plain_twin_too(
+    dtype: torch.dtype, tolerance: float, bias: bool
+) -> None:
+    base = nn.Conv2d(24, 40, 1, bias=bias).to(dtype).requires_grad_(False)
+    adapter = trained_lora(base)
+    x = torch.randn((2, 24, 3, 5), generator=torch.Generator().manual_seed(4)).to(dtype)
+    assert not can_fuse(x, base)
+    x = x.contiguous(memory_format=torch.channels_last)
+    assert can_fuse(x, base)
+    for fused, plain in zip(run(adapter, x, fused=True), run(adapter, x, fused=False), strict=True):
+        assert (fused.shape, fused.dtype) == (plain.shape, plain.dtype)
+        assert (fused - plain).norm() <= tolerance * plain.norm()  # see the test of linear layers
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        nn.Conv2d(24, 40, 3),
+        nn.Conv2d(24, 40, 1, stride=2),
+        nn.Conv2d(24, 40, 1, padding=1),
+        nn.Conv2d(24, 40, 1, groups=2),
+    ],
+    ids=["3x3", "stride", "padding", "groups"],
+)
+def test_other_convolutions_go_the_plain_way(base: nn.Conv2d) -> None:
+    assert not can_fuse(torch.randn((1, 24, 4, 4)).contiguous(memory_format=torch.channels_last), base)
 
 
 def test_a_fresh_adapter_gives_bit_for_bit_the_base() -> None:
