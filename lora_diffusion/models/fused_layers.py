@@ -1,4 +1,4 @@
-"""A UNet for GPUs: channels last all the way, and kernels of our own for group norm with its SiLU and for GEGLU."""
+"""A UNet with channels last all the way, and on a GPU kernels of our own for group norm with its SiLU and for GEGLU."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lora_diffusion.models.libraries import GEGLU, ResnetBlock2D, Transformer2DM
 
 
 def fuse_layers(unet: UNet2DConditionModel) -> None:
-    """Make `unet` faster on a GPU; its modules and parameters stay the same objects under the same names.
+    """Make `unet` faster in half precision; its modules and parameters stay the same objects under the same names.
 
     Pictures lie channels last, as matrix units want them, so that neither a convolution nor a transformer has to turn
-    them. Without Triton, or on a CPU, the layers compute what they did before. Doing it again changes nothing.
+    them. Without Triton, or on a CPU, the layers compute what they did before, by torch's own kernels. Doing it again changes nothing.
     Raises ModelError for a UNet that Stable Diffusion never had.
     """
     for module in unet.modules():

@@ -51,7 +51,7 @@ def test_threads_of_torch_soon_sleep_while_they_wait() -> None:
         check=True,
     )
 
-    assert "GOMP_SPINCOUNT = '3000'" in process.stderr
+    assert "GOMP_SPINCOUNT = '10000'" in process.stderr
 
 
 def test_a_process_ends_without_looking_through_its_objects() -> None:
