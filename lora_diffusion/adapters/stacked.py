@@ -59,11 +59,14 @@ class _Stacked(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         num_trainings, num_layers, width, _ = up.shape
         rows = x.reshape(num_trainings, -1, x.shape[-1])  # (K, N, in)
-        made = torch.nn.functional.linear(rows, weight, bias)  # (K, N, k · out)
         hidden = rows @ down.mT  # (K, N, k · r)
+        made = rows.new_empty(*rows.shape[:2], len(weight))  # (K, N, k · out)
+        if bias is not None:
+            made.copy_(bias)
         parts = made.chunk(num_layers, dim=-1)
-        for index, inner in enumerate(hidden.chunk(num_layers, dim=-1)):
-            parts[index].baddbmm_(inner, up[:, index].mT, alpha=scale)
+        for index, inner in enumerate(hidden.chunk(num_layers, dim=-1)):  # before the base: see `fused`
+            parts[index].baddbmm_(inner, up[:, index].mT, beta=0 if bias is None else 1, alpha=scale)
+        made.flatten(0, 1).addmm_(rows.flatten(0, 1), weight.T)
         ctx.save_for_backward(rows, hidden, weight, down, up)
         ctx.scale, ctx.shape = scale, x.shape
         return tuple(part.view(*x.shape[:-1], width) for part in parts)

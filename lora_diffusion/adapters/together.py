@@ -63,9 +63,11 @@ class _Together(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, down: Tensor, up: Tensor, weight: Tensor, scale: float) -> tuple[Tensor, ...]:
         count, width, _ = up.shape
         rows = x.reshape(-1, x.shape[-1])  # (N, in)
-        output = rows @ weight.T  # (N, k · out + k · r)
-        made, hidden = _parts(output, count, width)
-        made.baddbmm_(hidden, up.transpose(1, 2), alpha=scale)
+        hidden = (rows @ down.T).view(len(rows), count, -1).transpose(0, 1)  # (k, N, r)
+        output = rows.new_empty(len(rows), count * width)
+        made = output.view(len(rows), count, width).transpose(0, 1)
+        made.baddbmm_(hidden, up.transpose(1, 2), beta=0, alpha=scale)  # before the base: see `fused`
+        output.addmm_(rows, weight[: count * width].T)
         ctx.save_for_backward(rows, hidden, up, weight)
         ctx.scale, ctx.shape = scale, x.shape
         return tuple(part.view(*x.shape[:-1], width) for part in made)

@@ -15,8 +15,8 @@ def fuse_layers(unet: UNet2DConditionModel) -> None:
     """Make `unet` faster in half precision; its modules and parameters stay the same objects under the same names.
 
     Pictures lie channels last, as matrix units want them, so that neither a convolution nor a transformer has to turn
-    them. Without Triton, or on a CPU, the layers compute what they did before, by torch's own kernels. Doing it again changes nothing.
-    Raises ModelError for a UNet that Stable Diffusion never had.
+    them. Without Triton, or on a CPU, the layers compute what they did before, by torch's own kernels. Doing it again
+    changes nothing. Raises ModelError for a UNet that Stable Diffusion never had.
     """
     for module in unet.modules():
         if type(module) is ResnetBlock2D:
