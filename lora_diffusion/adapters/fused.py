@@ -62,7 +62,7 @@ class _LoRALinear(torch.autograd.Function):
         ctx.shape, ctx.scale, ctx.dtypes = x.shape, scale, (down.dtype, up.dtype)
         rows, down, up = _rows(x), down.to(x.dtype), up.to(x.dtype)
         hidden = _narrow(rows, down.T)  # (rows, r)
-        output = _begin(rows.new_empty(len(rows), len(up)), hidden, up, bias, scale).addmm_(rows, weight.T)
+        output = _begin(room(rows, len(rows), len(up)), hidden, up, bias, scale).addmm_(rows, weight.T)
         ctx.save_for_backward(rows, hidden, weight, down, up)
         return output.view(*x.shape[:-1], -1)
 
@@ -93,7 +93,7 @@ class _JointLoRALinear(torch.autograd.Function):
         scales: tuple[float, ...],
         *factors: Tensor,
     ) -> Tensor:
-        output = x.new_empty(*x.shape[:-1], len(weight))
+        output = room(x, *x.shape[:-1], len(weight))
         hidden: list[Tensor] = []
         parts = zip(
             torch.split(x, list(rows)),
@@ -141,17 +141,17 @@ def _begin(output: Tensor, hidden: Tensor, up: Tensor, bias: Tensor | None, scal
     return output.copy_(bias).addmm_(hidden, up.T, alpha=scale)
 
 
+def room(like: Tensor, *shape: int) -> Tensor:
+    """A tensor for the first part of a sum with beta 0, which is not read; inductor may make it a sum after all."""
+    return like.new_zeros(shape) if torch.compiler.is_compiling() else like.new_empty(shape)
+
+
 def _narrow(a: Tensor, b: Tensor, scale: float = 1) -> Tensor:
     """The product a @ b times `scale`, rounded once, where `b` has few columns."""
     # A float32 product with few columns takes MKL two to five times as long as one with few rows.
     turns = a.dtype == torch.float32 and a.device.type == "cpu"
     left, right = (b.T, a.T) if turns else (a, b)
-    if scale == 1:
-        product = left @ right
-    else:
-        # With beta 0 the sum's first part is not read, but inductor may turn this into a sum after all.
-        unread = a.new_zeros(()) if torch.compiler.is_compiling() else a.new_empty(())
-        product = torch.addmm(unread, left, right, beta=0, alpha=scale)
+    product = left @ right if scale == 1 else torch.addmm(room(a), left, right, beta=0, alpha=scale)
     return product.T if turns else product
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lora_diffusion.adapters.base import Adapter
+from lora_diffusion.adapters.fused import room
 from lora_diffusion.adapters.lora import LoRA
 
 
@@ -60,7 +61,7 @@ class _Stacked(torch.autograd.Function):
         num_trainings, num_layers, width, _ = up.shape
         rows = x.reshape(num_trainings, -1, x.shape[-1])  # (K, N, in)
         hidden = rows @ down.mT  # (K, N, k · r)
-        made = rows.new_empty(*rows.shape[:2], len(weight))  # (K, N, k · out)
+        made = room(rows, *rows.shape[:2], len(weight))  # (K, N, k · out)
         if bias is not None:
             made.copy_(bias)
         parts = made.chunk(num_layers, dim=-1)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lora_diffusion.adapters.base import Layer
+from lora_diffusion.adapters.fused import room
 from lora_diffusion.adapters.lora import LoRA
 
 ALIGNED = 8  # numbers of 2 bytes: matrix units and fused attention want rows that begin at multiples of 16 bytes
@@ -64,7 +65,7 @@ class _Together(torch.autograd.Function):
         count, width, _ = up.shape
         rows = x.reshape(-1, x.shape[-1])  # (N, in)
         hidden = (rows @ down.T).view(len(rows), count, -1).transpose(0, 1)  # (k, N, r)
-        output = rows.new_empty(len(rows), count * width)
+        output = room(rows, len(rows), count * width)
         made = output.view(len(rows), count, width).transpose(0, 1)
         made.baddbmm_(hidden, up.transpose(1, 2), beta=0, alpha=scale)  # before the base: see `fused`
         output.addmm_(rows, weight[: count * width].T)
