@@ -24,6 +24,7 @@ from lora_diffusion.workspace import Workspace
 from tests.webui.fake_trainer import fake_command
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'><script>alert(2)</script>${alert(3)}{{alert(4)}}"
+_NO_STYLES = "Unable to preload CSS for "
 CHROMIUM_OPTIONS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync"),
@@ -162,6 +163,7 @@ class Pages:
 
     def __init__(self, browser: Any) -> None:
         self.errors: list[str] = []
+        self._not_served: set[str] = set()
         self._browser = browser
         self._contexts: list[Any] = []
 
@@ -175,6 +177,8 @@ class Pages:
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.on("dialog", lambda dialog: (self.errors.append(f"dialog: {dialog.message}"), dialog.dismiss()))
         page.on("console", lambda message: message.type == "error" and self.errors.append(message.text))
+        page.on("response", lambda response: response.status >= 400 and self._not_served.add(response.url))
+        page.on("requestfailed", lambda request: _is_given_up(request) or self._not_served.add(request.url))
         page.on("request", lambda request: _is_outside(request.url) and self.errors.append(f"outside: {request.url}"))
         page.goto(address)
         return page
@@ -187,6 +191,12 @@ class Pages:
     def close(self) -> None:
         for context in self._contexts:
             context.close()
+        self.errors = [error for error in self.errors if not self._was_left(error)]
+
+    def _was_left(self, error: str) -> bool:
+        """Whether it only says that a page was left while it loaded: its style sheets are there, but were given up."""
+        address = error.removeprefix(_NO_STYLES)
+        return error.startswith(_NO_STYLES) and address not in self._not_served
 
 
 @pytest.fixture()
@@ -200,3 +210,8 @@ def open_page(browser: Any) -> Iterator[Pages]:
 
 def _is_outside(address: str) -> bool:
     return not address.startswith(("http://127.0.0.1:", "data:", "blob:"))
+
+
+def _is_given_up(request: Any) -> bool:
+    """Whether the browser itself ended a request, as it does with those of a page that is left."""
+    return request.failure == "net::ERR_ABORTED"
