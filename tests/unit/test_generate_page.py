@@ -23,7 +23,7 @@ from lora_diffusion.generation.request import Request
 from lora_diffusion.jobs.queue import Queue
 from lora_diffusion.runs import RunFolder
 from lora_diffusion.workspace import Workspace
-from tests.queues import Bench, bench, toml
+from tests.queues import Bench, bench, toml, wait_for
 from webui.pages.generate.layout import Fields
 from webui.pages.generate.opening import Opening
 from webui.pages.generate.ordering import Orders
@@ -336,8 +336,10 @@ def test_a_run_is_not_left_paused_when_the_last_picture_was_done_meanwhile(
 ) -> None:
     studio = with_grey_engine(work, engine).studio
     work.work_until_step(work.queue.add(toml(steps=5000)).id, 2)
+    paused = work.process(1)
 
     studio.pause_training()
 
-    assert work.work_until(1, "queued").status == "queued"
-    work.work_until_step(1, 3)
+    wait_for(lambda: work.runner.turn() and not paused.is_running())  # it was asked to pause, and obeys
+    assert work.work_until_step(1, 3).status == "running"
+    assert work.process(1) != paused
