@@ -245,9 +245,18 @@ def _plan(config: TrainConfig, steps: int, accelerator: Accelerator) -> Plan:
 
 
 def _launch(config: TrainConfig, accelerator: Accelerator) -> Launch:
-    """Whole steps as CUDA graphs where nothing in a step needs the host: no draws, no branches on values."""
-    if accelerator.device.type != "cuda" or not config.run.cuda_graph:
-        return "eager"
+    """Whole steps as CUDA graphs where nothing in a step needs the host: no draws, no branches on values.
+
+    On a CPU in bfloat16 steps of the same kind without graphs: for them factors are cast at once and computed together.
+    """
+    device = accelerator.device.type
+    if device == "cuda":
+        launch = "graph" if config.run.cuda_graph else "eager"
+    else:
+        is_narrow = resolve_precision(config.run.precision, accelerator.device) == torch.bfloat16
+        launch = "quiet" if device == "cpu" and is_narrow else "eager"
+    if launch == "eager":
+        return launch
     adapter = config.adapter
     obstacles = {
         "several processes": accelerator.num_processes > 1,
@@ -258,9 +267,10 @@ def _launch(config: TrainConfig, accelerator: Accelerator) -> Launch:
         f'optimizer.name = "{config.optimizer.name}"': config.optimizer.name != "adamw",
     }
     if found := [name for name, is_there in obstacles.items() if is_there]:
-        logger.info("Steps are launched one operation at a time, without CUDA graphs: %s.", ", ".join(found))
+        if launch == "graph":
+            logger.info("Steps are launched one operation at a time, without CUDA graphs: %s.", ", ".join(found))
         return "eager"
-    return "graph"
+    return launch
 
 
 def make_previewer(config: TrainConfig, run: RunFolder, model: DiffusionModel) -> Previewer:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lora_diffusion.adapters.frozen import Weight, add_product, gradient_of_product, is_multiplying, weight_to_multiply
+
 
 def lora_linear(x: Tensor, base: nn.Linear | nn.Conv2d, down: Tensor, up: Tensor, scale: float) -> Tensor:
     """The sum x · Wᵀ + bias + scale · (x · downᵀ) · upᵀ, in the dtype of `base`, which `x` (…, in) must have.
@@ -24,9 +26,10 @@ def lora_linear(x: Tensor, base: nn.Linear | nn.Conv2d, down: Tensor, up: Tensor
     (B, in, H, W), with factors (r, in, 1, 1) and (out, r, 1, 1).
     """
     apply: Any = _LoRALinear.apply  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    weight = weight_to_multiply(base)
     if isinstance(base, nn.Linear):
-        return apply(x, base.weight, base.bias, down, up, scale)
-    pixels, weight = x.permute(0, 2, 3, 1), base.weight.flatten(1)
+        return apply(x, weight, base.bias, down, up, scale)
+    pixels = x.permute(0, 2, 3, 1)
     return apply(pixels, weight, base.bias, down.flatten(1), up.flatten(1), scale).permute(0, 3, 1, 2)
 
 
@@ -39,13 +42,17 @@ def joint_lora_linear(
     """
     apply: Any = _JointLoRALinear.apply  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     flat = [factor for pair in factors for factor in pair]
-    return apply(x, base.weight, base.bias, tuple(rows), tuple(scales), *flat)
+    return apply(x, weight_to_multiply(base), base.bias, tuple(rows), tuple(scales), *flat)
 
 
 def can_fuse(x: Tensor, base: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d]:
-    """Whether `lora_linear` computes what the layer would: a plain frozen layer in the input's dtype, no autocast."""
-    is_plain = type(base) is nn.Linear or (isinstance(base, nn.Conv2d) and _is_product(x, base))
-    return is_plain and base.weight.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type)
+    """Whether `lora_linear` computes what the layer would: a frozen layer in the input's dtype that is one product by
+    its weight or multiplies by itself (see `frozen.Multiplying`), no autocast.
+    """
+    is_product = (
+        type(base) is nn.Linear or is_multiplying(base) or (isinstance(base, nn.Conv2d) and _is_product(x, base))
+    )
+    return is_product and base.weight.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type)
 
 
 def _is_product(x: Tensor, base: nn.Conv2d) -> bool:
@@ -57,19 +64,19 @@ def _is_product(x: Tensor, base: nn.Conv2d) -> bool:
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
+        ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
     ) -> Tensor:
         ctx.shape, ctx.scale, ctx.dtypes = x.shape, scale, (down.dtype, up.dtype)
         rows, down, up = _rows(x), down.to(x.dtype), up.to(x.dtype)
         hidden = _narrow(rows, down.T)  # (rows, r)
-        output = _begin(room(rows, len(rows), len(up)), hidden, up, bias, scale).addmm_(rows, weight.T)
-        ctx.save_for_backward(rows, hidden, weight, down, up)
+        output = add_product(_begin(room(rows, len(rows), len(up)), hidden, up, bias, scale), rows, weight)
+        keep(ctx, weight, rows, hidden, down, up)
         return output.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        rows, hidden, weight, down, up = ctx.saved_tensors
+        weight, rows, hidden, down, up = kept(ctx)
         grad_rows = _rows(grad_output)
         grad_hidden = _narrow(grad_rows, up, ctx.scale)
         grad_x = grad_down = grad_up = None
@@ -78,7 +85,7 @@ class _LoRALinear(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             grad_up = _narrow(grad_rows.T, hidden, ctx.scale).to(ctx.dtypes[1])
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_rows @ weight).addmm_(grad_hidden, down).view(ctx.shape)
+            grad_x = gradient_of_product(grad_rows, weight).addmm_(grad_hidden, down).view(ctx.shape)
         return grad_x, None, None, grad_down, grad_up, None
 
 
@@ -87,13 +94,13 @@ class _JointLoRALinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Weight,
         bias: Tensor | None,
         rows: tuple[int, ...],
         scales: tuple[float, ...],
         *factors: Tensor,
     ) -> Tensor:
-        output = room(x, *x.shape[:-1], len(weight))
+        output = room(x, *x.shape[:-1], len(factors[1]))
         hidden: list[Tensor] = []
         parts = zip(
             torch.split(x, list(rows)),
@@ -106,19 +113,18 @@ class _JointLoRALinear(torch.autograd.Function):
         for part, made, down, up, scale in parts:
             hidden.append(_narrow(_rows(part), down.to(x.dtype).T))  # (rows, r)
             _begin(_rows(made), hidden[-1], up.to(x.dtype), bias, scale)
-        output.view(-1, len(weight)).addmm_(_rows(x), weight.T)
-        ctx.save_for_backward(x, weight, *hidden, *factors)
+        keep(ctx, weight, x, *hidden, *factors)
         ctx.rows, ctx.scales = rows, scales
-        return output
+        return add_product(_rows(output), _rows(x), weight).view(output.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight, *saved = ctx.saved_tensors
+        weight, x, *saved = kept(ctx)
         count = len(ctx.rows)
         hidden, factors = saved[:count], saved[count:]
         wants_x = bool(ctx.needs_input_grad[0])
-        grad_x = grad_output @ weight if wants_x else torch.empty_like(x)
+        grad_x = gradient_of_product(_rows(grad_output), weight).view(x.shape) if wants_x else torch.empty_like(x)
         grads: list[Tensor] = []
         parts = zip(
             *(torch.split(tensor, list(ctx.rows)) for tensor in (x, grad_output.contiguous(), grad_x)),
@@ -132,6 +138,19 @@ class _JointLoRALinear(torch.autograd.Function):
             if wants_x:
                 grad_in.view(-1, grad_in.shape[-1]).addmm_(grad_hidden, down.to(x.dtype))
         return (grad_x if wants_x else None, None, None, None, None, *grads)
+
+
+def keep(ctx: Any, weight: Weight, *tensors: Tensor) -> None:
+    """For the backward pass, where `kept` finds it."""
+    is_tensor = isinstance(weight, Tensor)
+    ctx.multiplying = None if is_tensor else weight
+    ctx.save_for_backward(weight if is_tensor else None, *tensors)
+
+
+def kept(ctx: Any) -> tuple[Any, ...]:
+    """(weight, *tensors)"""
+    weight, *tensors = ctx.saved_tensors
+    return ctx.multiplying if weight is None else weight, *tensors
 
 
 def _begin(output: Tensor, hidden: Tensor, up: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -148,8 +167,9 @@ def room(like: Tensor, *shape: int) -> Tensor:
 
 def _narrow(a: Tensor, b: Tensor, scale: float = 1) -> Tensor:
     """The product a @ b times `scale`, rounded once, where `b` has few columns."""
-    # A float32 product with few columns takes MKL two to five times as long as one with few rows.
-    turns = a.dtype == torch.float32 and a.device.type == "cpu"
+    # With few columns a product takes MKL two to five times as long as with few rows in float32, and oneDNN up to a
+    # half longer in bfloat16 if `a` lies transposed.
+    turns = a.device.type == "cpu" and (a.dtype == torch.float32 or not a.is_contiguous())
     left, right = (b.T, a.T) if turns else (a, b)
     product = left @ right if scale == 1 else torch.addmm(room(a), left, right, beta=0, alpha=scale)
     return product.T if turns else product

@@ -14,17 +14,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lora_diffusion.adapters.base import Adapter
-from lora_diffusion.adapters.fused import room
+from lora_diffusion.adapters.frozen import Weight, add_product, gradient_of_product
+from lora_diffusion.adapters.fused import keep, kept, room
 from lora_diffusion.adapters.lora import LoRA
 
 
 def stacked_lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, by_training: Sequence[Sequence[LoRA]]
+    x: Tensor, weight: Weight, bias: Tensor | None, by_training: Sequence[Sequence[LoRA]]
 ) -> tuple[Tensor, ...]:
     """What each of k layers makes of x: k tensors (…, out), parts of one.
 
-    x: (rows, …, in), as many rows of each training. weight: (k · out, in), the frozen layers one below the other; bias:
-    (k · out,). by_training: the k LoRAs of each training, as `stackable` returns them.
+    x: (rows, …, in), as many rows of each training. weight: (k · out, in), the frozen layers one below the other, or
+    one layer that multiplies by itself; bias: (k · out,). by_training: the k LoRAs of each training, as `stackable`
+    returns them.
     """
     factors = [[lora.factors() for lora in loras] for loras in by_training]
     down = torch.cat([down for pairs in factors for down, _ in pairs])  # (K · k · r, in)
@@ -56,26 +58,26 @@ def stackable(
 class _Stacked(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
+        ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
     ) -> tuple[Tensor, ...]:
         num_trainings, num_layers, width, _ = up.shape
         rows = x.reshape(num_trainings, -1, x.shape[-1])  # (K, N, in)
         hidden = rows @ down.mT  # (K, N, k · r)
-        made = room(rows, *rows.shape[:2], len(weight))  # (K, N, k · out)
+        made = room(rows, *rows.shape[:2], num_layers * width)  # (K, N, k · out)
         if bias is not None:
             made.copy_(bias)
         parts = made.chunk(num_layers, dim=-1)
         for index, inner in enumerate(hidden.chunk(num_layers, dim=-1)):  # before the base: see `fused`
             parts[index].baddbmm_(inner, up[:, index].mT, beta=0 if bias is None else 1, alpha=scale)
-        made.flatten(0, 1).addmm_(rows.flatten(0, 1), weight.T)
-        ctx.save_for_backward(rows, hidden, weight, down, up)
+        made = add_product(made.flatten(0, 1), rows.flatten(0, 1), weight)
+        keep(ctx, weight, rows, hidden, down, up)
         ctx.scale, ctx.shape = scale, x.shape
-        return tuple(part.view(*x.shape[:-1], width) for part in parts)
+        return tuple(part.view(*x.shape[:-1], width) for part in made.chunk(num_layers, dim=-1))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        rows, hidden, weight, down, up = ctx.saved_tensors
+        weight, rows, hidden, down, up = kept(ctx)
         num_trainings, num_layers, width, _ = up.shape
         parts = [grad.reshape(num_trainings, -1, width) for grad in grads]  # (K, N, out) each
         grad_hidden, grad_up = torch.empty_like(hidden), torch.empty_like(up)
@@ -86,5 +88,6 @@ class _Stacked(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             joined = parts[0] if num_layers == 1 else torch.cat(parts, dim=-1)  # (K, N, k · out)
-            grad_x = (joined @ weight).baddbmm_(grad_hidden, down).view(ctx.shape)
+            grad_x = gradient_of_product(joined.flatten(0, 1), weight).view(rows.shape)
+            grad_x = grad_x.baddbmm_(grad_hidden, down).view(ctx.shape)
         return grad_x, None, None, grad_hidden.mT @ rows, grad_up, None

@@ -68,13 +68,13 @@ class _Fused(AttnProcessor2_0):
 
 
 class FasterOnGPU(_Fused):
-    """Fused attention, in layers whose projections `projections_with_one_input` finds."""
+    """Fused attention, always."""
 
 
 def projections_with_one_input(root: nn.Module) -> Iterator[tuple[nn.Module, ...]]:
-    """The projections that `FasterOnGPU` calls together below `root`: q, k and v, or k and v of another input."""
+    """The projections that "auto" calls together below `root`: q, k and v, or k and v of another input."""
     for module in root.modules():
-        if isinstance(module, Attention) and isinstance(module.processor, FasterOnGPU) and _is_plain(module):
+        if isinstance(module, Attention) and isinstance(module.processor, _Fused) and _is_plain(module):
             yield _projections(module)
 
 

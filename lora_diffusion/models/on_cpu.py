@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from lora_diffusion.models.attention import projections_with_one_input
 from lora_diffusion.models.fused_layers import fuse_layers
 from lora_diffusion.models.libraries import UNet2DConditionModel
 from lora_diffusion.models.packed_conv import has_fast_bf16, pack_convolutions
+from lora_diffusion.models.packed_linear import pack_linears
 from lora_diffusion.models.winograd import transform_convolutions
 from lora_diffusion.progress import Track, silent
 
@@ -24,3 +26,5 @@ def suit_to_cpu(
     elif unet.dtype == torch.bfloat16 and has_fast_bf16():
         fuse_layers(unet)
         pack_convolutions(unet, track, needs_gradients=needs_gradients)
+        together = {layer for layers in projections_with_one_input(unet) for layer in layers}
+        pack_linears(unet, num_pixels, track, needs_gradients=needs_gradients, apart_from=together)

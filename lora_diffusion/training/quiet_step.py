@@ -1,4 +1,4 @@
-"""The optimiser step that GPUs run: all of it on the device, launched without waiting for any value.
+"""The optimiser step of GPUs, and of CPUs in bfloat16: all of it on the device, launched without waiting for any value.
 
 It computes what `Trainer` computes eagerly, for one training or for several that share the base. Values for the log
 arrive some steps late; a loss that is not finite is noticed as late, but has changed nothing (see `QuietUpdate`).

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lora_diffusion.adapters.together import Together
 from lora_diffusion.errors import RunError
 from lora_diffusion.training.plan import Launch
 from lora_diffusion.training.trainer import Trainer
@@ -72,6 +73,40 @@ def test_it_resumes_bit_for_bit_and_from_a_waiting_run(tiny_sd1: Path, tmp_path:
         else:
             for name in whole:
                 torch.testing.assert_close(resumed[name], whole[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("precision", "adapter", "launch"),
+    [
+        ("bf16", {}, "quiet"),
+        ("bf16", {"dropout": 0.1}, "eager"),
+        ("bf16", {"max_norm": 1.0}, "eager"),
+        ("fp32", {}, "eager"),
+    ],
+)
+def test_on_a_cpu_it_is_for_bfloat16_where_no_step_needs_the_host(
+    tiny_sd1: Path, tmp_path: Path, precision: str, adapter: dict[str, Any], launch: Launch
+) -> None:
+    sections = {"run": {"steps": 8, "precision": precision}, "adapter": adapter}
+    config = write_config(tmp_path / "run.toml", tiny_sd1, draw_pictures(tmp_path / "pictures"), **sections)
+    assert prepare(config).plan.launch == launch
+
+
+def test_in_bfloat16_projections_of_one_input_are_computed_together_and_a_resume_is_exact(
+    tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    compute = Together.__call__
+    monkeypatch.setattr(Together, "__call__", lambda own, x: calls.append(len(own.loras)) or compute(own, x))
+    sections = DATA | {"run": DATA["run"] | {"precision": "bf16"}, "adapter": {"rank": 8}}
+    whole = load_file(make_trainer(tmp_path / "whole", tiny_sd1, "quiet", sections).fit())
+    assert {2, 3} == set(calls)
+
+    trainer = make_trainer(tmp_path / "halved", tiny_sd1, "quiet", sections)
+    trainer.plan = replace(trainer.plan, steps=4)
+    trainer.fit()
+    resumed = load_file(make_trainer(tmp_path / "halved", tiny_sd1, "quiet").fit())
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def test_a_loss_that_is_not_finite_is_told_late_and_saves_the_last_good_step(tiny_sd1: Path, tmp_path: Path) -> None:

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from lora_diffusion.models.attention import projections_with_one_input
 from lora_diffusion.models.fused_layers import FusedResnet
 from lora_diffusion.models.libraries import UNet2DConditionModel
 from lora_diffusion.models.load import load_model
 from lora_diffusion.models.on_cpu import suit_to_cpu
 from lora_diffusion.models.packed_conv import PackedConv2d, PointwiseConv2d, has_fast_bf16
+from lora_diffusion.models.packed_linear import PackedLinear
 from tests.training_runs import ROOT
 
 packs = pytest.mark.skipif(not has_fast_bf16(), reason="needs a CPU that computes in bfloat16")
@@ -64,3 +66,13 @@ def test_in_float32_and_float16_no_convolution_is_packed() -> None:
         unet = load(dtype)
         suit_to_cpu(unet, PIXELS)
         assert not any(isinstance(module, PackedConv2d | PointwiseConv2d | FusedResnet) for module in unet.modules())
+
+
+@packs
+def test_wide_linear_layers_are_packed_but_for_those_computed_together() -> None:
+    unet = load(torch.bfloat16)
+    suit_to_cpu(unet, 1)  # so few rows that all of the base's, which is narrow, would gain
+    together = [layer for layers in projections_with_one_input(unet) for layer in layers]
+    packed = {path.rpartition(".")[2] for path, layer in unet.named_modules() if isinstance(layer, PackedLinear)}
+    assert together and all(type(layer) is torch.nn.Linear for layer in together)
+    assert packed >= {"to_q", "proj", "2"} and not packed & {"to_k", "to_v"}
