@@ -159,7 +159,7 @@ def measure_in_turn(model: DiffusionModel, configs: list[TrainConfig], rounds: i
         "apart_wall_s": apart_s,
         "together_wall_s": together_s,
         "ratio_wall_s": together_s / apart_s,
-        "peak_gb": {"one alone": peak_apart_gb, "together": _peak_gb()},
+        "peak_gb": {"one alone": peak_apart_gb, "together": _peak_gb()} if torch.cuda.is_available() else None,
         "rounds": {"apart": apart, "together": seconds},
     }
 
