@@ -16,6 +16,11 @@ def resolve_device(name: str, said: str = '[run] device = "cuda"') -> torch.devi
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether `device` is a CPU with matrix units for bfloat16 (AMX), which `auto` leaves unused."""
+    return device.type == "cpu" and bool(torch.cpu._is_amx_tile_supported())  # pyright: ignore[reportPrivateUsage]
+
+
 def resolve_precision(name: str, device: torch.device, said: str = '[run] precision = "fp16"') -> torch.dtype:
     """`auto` is bf16 on GPUs that have it, fp16 on older ones, fp32 on a CPU. said: how messages quote it."""
     if name == "auto":

@@ -126,14 +126,14 @@ def test_jobs_can_be_moved(work: Bench) -> None:
 
 
 def test_jobs_run_one_after_the_other_in_their_order(work: Bench) -> None:
-    first, second = work.queue.add(toml("a")), work.queue.add(toml("b"))
+    first, second = work.queue.add(toml("a")), work.queue.add(toml("b", steps=50))
     work.queue.move(second.id, 1)
-    work.work_until(second.id, "starting")
+    work.work_until(second.id, "starting", "running")
     assert work.queue.job(first.id).status == "queued"
     work.work_until(first.id, "finished")
 
     before, after = work.queue.job(second.id), work.queue.job(first.id)
-    assert (before.status, before.step, before.error) == ("finished", 10, None)
+    assert (before.status, before.step, before.error) == ("finished", 50, None)
     assert before.ended is not None and after.started is not None
     assert before.created <= before.started <= before.ended <= after.started  # pyright: ignore[reportOptionalOperand]
 
@@ -144,7 +144,7 @@ def test_jobs_run_one_after_the_other_in_their_order(work: Bench) -> None:
 def test_a_paused_job_lets_the_next_one_run_and_resumes_where_it_was_before_all_others(work: Bench) -> None:
     long = work.queue.add(toml("long", steps=60)).id
     work.work_until_step(long, 3)
-    short, last = work.queue.add(toml("short", steps=5)).id, work.queue.add(toml("last", steps=5)).id
+    short, last = work.queue.add(toml("short", steps=50)).id, work.queue.add(toml("last", steps=5)).id
     work.queue.pause(long)
     work.queue.pause(long)  # two tabs
     paused = work.work_until(long, "paused")
@@ -187,7 +187,7 @@ def test_a_job_that_waits_can_be_paused(work: Bench) -> None:
 
 def test_a_job_stopped_while_it_starts_stops(work: Bench) -> None:
     id = work.queue.add(toml(steps=2000)).id
-    work.work_until(id, "starting")
+    work.work_until(id, "starting", "running")  # the latter if this process was kept from looking in time
     work.queue.stop(id)
 
     assert work.work_until(id, "stopped").step < 2000
@@ -387,7 +387,7 @@ def test_a_job_whose_runner_died_before_it_started_anything_is_started_by_the_ne
 
 def test_a_trainer_that_nobody_wrote_down_is_found_and_not_started_twice(work: Bench) -> None:
     id = work.queue.add(toml(steps=50)).id
-    work.work_until(id, "starting")
+    work.work_until(id, "starting", "running")
     Store(work.queue.workspace.queue).change(id, launcher_pid=None, launcher_start=None)
     with bench(work.queue.workspace.root) as successor:
         successor.work_until(id, "finished")

@@ -163,7 +163,8 @@ class Pages:
 
     def __init__(self, browser: Any) -> None:
         self.errors: list[str] = []
-        self._not_served: set[str] = set()
+        self._refused: set[str] = set()
+        self._lost: set[str] = set()
         self._browser = browser
         self._contexts: list[Any] = []
 
@@ -177,8 +178,8 @@ class Pages:
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.on("dialog", lambda dialog: (self.errors.append(f"dialog: {dialog.message}"), dialog.dismiss()))
         page.on("console", lambda message: message.type == "error" and self.errors.append(message.text))
-        page.on("response", lambda response: response.status >= 400 and self._not_served.add(response.url))
-        page.on("requestfailed", lambda request: _is_given_up(request) or self._not_served.add(request.url))
+        page.on("response", lambda response: response.status >= 400 and self._refused.add(response.url))
+        page.on("requestfailed", lambda request: _is_given_up(request) or self._lost.add(request.url))
         page.on("request", lambda request: _is_outside(request.url) and self.errors.append(f"outside: {request.url}"))
         page.goto(address)
         return page
@@ -187,6 +188,7 @@ class Pages:
         """Forget the errors that the browser and Gradio's script note when the server is gone."""
         lost = ("net::ERR_", "AbortError: signal is aborted", "Connection errored out")
         self.errors = [error for error in self.errors if not any(text in error for text in lost)]
+        self._lost.clear()  # style sheets that a page was loading then
 
     def close(self) -> None:
         for context in self._contexts:
@@ -196,7 +198,7 @@ class Pages:
     def _was_left(self, error: str) -> bool:
         """Whether it only says that a page was left while it loaded: its style sheets are there, but were given up."""
         address = error.removeprefix(_NO_STYLES)
-        return error.startswith(_NO_STYLES) and address not in self._not_served
+        return error.startswith(_NO_STYLES) and address not in self._refused | self._lost
 
 
 @pytest.fixture()
