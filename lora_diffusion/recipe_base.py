@@ -21,8 +21,8 @@ from lora_diffusion.recipe_adapters import Adapters, inject_adapters, merge_into
 logger = logging.getLogger(__name__)
 
 _BF16_IS_FASTER = (
-    'This processor has matrix units for bfloat16: with [run] precision = "bf16" a step takes about a third of the time. '
-    '"auto" is fp32 on a CPU, which gives the same everywhere.'
+    'This processor has matrix units for bfloat16: with [run] precision = "bf16" a step takes about a third of the '
+    'time. "auto" is fp32 on a CPU, which gives the same everywhere.'
 )
 _LARGE_UNET = 300_000_000  # parameters; in a small one what surrounds the products counts more
 
