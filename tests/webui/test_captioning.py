@@ -67,8 +67,9 @@ def test_proposals_are_looked_at_accepted_rejected_and_undone(
 
     page.locator("#dataset-caption-review").click()
     row = {number: page.locator(f'.review-row[data-name="{number}.png"]') for number in range(6)}
-    assert row[1].locator(".old span").inner_text() == HOSTILE
-    assert row[2].locator(".old span").inner_text() == "a shape, number 2"
+    # What they say, also while the browser has yet to draw them: rows are drawn when they come into view.
+    assert row[1].locator(".old span").text_content() == HOSTILE
+    assert row[2].locator(".old span").text_content() == "a shape, number 2"
     assert row[2].locator("textarea").input_value() == proposed["2.png"]
     row[2].locator(".accept").click()
     wait_for(lambda: captions(shapes)["2.txt"] == f"{proposed['2.png']}\n")
@@ -107,7 +108,7 @@ def test_pictures_without_a_caption_are_filled_if_one_wants_that_and_it_can_be_u
     page.wait_for_selector("#dataset-said .good")
 
     assert captions(shapes) == before | {"0.txt": f"{made(queue)['0.png']}\n"}
-    assert page.locator('[data-name="0.png"] p').inner_text() == made(queue)["0.png"]
+    assert page.locator('[data-name="0.png"] p').text_content() == made(queue)["0.png"]
     page.locator("#dataset-undo").click()
     wait_for(lambda: captions(shapes) == before)
 

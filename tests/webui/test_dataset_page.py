@@ -122,7 +122,7 @@ def test_find_and_replace_shows_what_it_will_do_and_is_undone(opened: Any, many:
     changed = [number for number in range(2, NUM_PICTURES) if number % 3 == 1]
     assert opened.locator("#dataset-bulk-apply").inner_text() == f"Apply to {len(changed)}"
     assert opened.locator(".change").count() == len(changed)
-    assert opened.locator(".change del").first.inner_text() == "noon"
+    assert opened.locator(".change del").first.text_content() == "noon"
     opened.locator(".change input").first.uncheck()
     opened.locator("#dataset-bulk-apply").click()
     opened.wait_for_selector("#dataset-said .good", timeout=20_000)
