@@ -26,5 +26,6 @@ def suit_to_cpu(
     elif unet.dtype == torch.bfloat16 and has_fast_bf16():
         fuse_layers(unet)
         pack_convolutions(unet, track, needs_gradients=needs_gradients)
-        together = {layer for layers in projections_with_one_input(unet) for layer in layers}
-        pack_linears(unet, num_pixels, track, needs_gradients=needs_gradients, apart_from=together)
+        if needs_gradients:  # where pictures are drawn, several at once and with guidance, too many rows meet them
+            together = {layer for layers in projections_with_one_input(unet) for layer in layers}
+            pack_linears(unet, num_pixels, track, apart_from=together)

@@ -22,12 +22,7 @@ _WIDTH_OF_ALL_PIXELS = 320
 
 
 def pack_linears(
-    root: nn.Module,
-    num_pixels: int,
-    track: Track = silent,
-    *,
-    needs_gradients: bool = True,
-    apart_from: Container[nn.Module] = (),
+    root: nn.Module, num_pixels: int, track: Track = silent, *, apart_from: Container[nn.Module] = ()
 ) -> int:
     """Let a `PackedLinear` take the place of frozen bfloat16 layers below `root` that gain; returns of how many.
 
@@ -41,7 +36,7 @@ def pack_linears(
         if _can_be_packed(layer) and _num_rows(layer, num_pixels) <= _MAX_ROWS and layer not in apart_from
     ]
     for path in track(paths, "packing linear layers"):
-        root.set_submodule(path, PackedLinear(root.get_submodule(path), needs_gradients=needs_gradients))
+        root.set_submodule(path, PackedLinear(root.get_submodule(path)))
         trim_heap()
     return len(paths)
 
@@ -65,18 +60,15 @@ class PackedLinear(nn.Linear):
     layer stays on the CPU and in its dtype.
     """
 
-    def __init__(self, layer: nn.Module, *, needs_gradients: bool = True) -> None:
-        """layer: a frozen Linear for which `pack_linears` is meant; it is left as it is.
-
-        needs_gradients: those of its input. Without, a backward pass raises RuntimeError.
-        """
+    def __init__(self, layer: nn.Module) -> None:
+        """layer: a frozen Linear for which `pack_linears` is meant; it is left as it is."""
         assert isinstance(layer, nn.Linear)
         nn.Module.__init__(self)  # not Linear's, which would make a weight
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.bias = layer.bias
         weight = layer.weight.detach()
         self.packed = _pack(weight)
-        self.packed_turned = _pack(weight.T.contiguous()) if needs_gradients else None
+        self.packed_turned = _pack(weight.T.contiguous())
         self._stand_in = torch.full((), torch.nan, dtype=weight.dtype).expand(weight.shape)
         self.train(layer.training)
 
@@ -98,8 +90,6 @@ class PackedLinear(nn.Linear):
 
     def gradient(self, grad_rows: Tensor) -> Tensor:
         """grad_rows · W: of the layer's input. grad_rows: (N, out)."""
-        if self.packed_turned is None:
-            raise RuntimeError("this layer was packed without what the gradient of its input takes")
         return _multiply(grad_rows, self.packed_turned)
 
 

@@ -89,19 +89,6 @@ def test_the_weight_can_be_had_again_bit_for_bit_and_its_stand_in_poisons_arithm
 
 
 @packs
-def test_without_gradients_there_is_one_weight_and_a_backward_pass_is_refused() -> None:
-    root = nn.Sequential(linear())
-    x = draw(4, 320).requires_grad_()
-    expected = PackedLinear(root[0])(x)
-    pack_linears(root, FEW_PIXELS, needs_gradients=False)
-    assert root[0].packed_turned is None
-    output = root(x)
-    assert torch.equal(output, expected)
-    with pytest.raises(RuntimeError, match="packed without"):
-        output.sum().backward()
-
-
-@packs
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_changes_nothing(use_reentrant: bool) -> None:
     packed = PackedLinear(linear())
