@@ -77,6 +77,14 @@ def test_every_input_has_a_label(demo: Any) -> None:
             assert block.label, block.elem_id
 
 
+def test_every_text_is_one_from_the_start(demo: Any) -> None:
+    """A page may ask for what depends on a text before the browser has drawn it: without a value it would be null."""
+    texts = [block for block in demo.blocks.values() if isinstance(block, Textbox)]
+
+    assert len(texts) > 15
+    assert [text.elem_id for text in texts if not isinstance(text.value, str)] == []
+
+
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_every_page_is_built_in_every_language(tmp_path: Path, language: str) -> None:
     pages = build(make_site(tmp_path), language).pages

@@ -101,11 +101,12 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
 
 def _layout(t: Translator) -> Layout:
     head = gr.HTML(elem_id="run-head", apply_default_css=False, js_on_load=CLICKS)
-    goto = gr.Textbox(visible="hidden", elem_id="run-goto", label="address")
+    goto = gr.Textbox("", visible="hidden", elem_id="run-goto", label="address")
     with gr.Row(elem_classes="buttons"):
         buttons = {name: _button(t, name) for name in BUTTONS}
         copy = gr.Button(t("run.copy"), elem_id="run-copy", visible=False, size="md")
     prompts = gr.Textbox(
+        "",
         label=t("run.own_prompts"),
         placeholder=t("run.own_prompts.hint"),
         lines=1,

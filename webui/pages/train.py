@@ -96,8 +96,8 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
 
 
 def _layout(t: Translator, first_form: str) -> Layout:
-    fields = gr.Textbox(visible="hidden", elem_id="train-values", label="values")
-    goto = gr.Textbox(visible="hidden", elem_id="train-goto", label="address")
+    fields = gr.Textbox("", visible="hidden", elem_id="train-values", label="values")
+    goto = gr.Textbox("", visible="hidden", elem_id="train-goto", label="address")
     with gr.Row(elem_classes="train", equal_height=False):
         with gr.Column(scale=5, min_width=320):
             form = gr.HTML(
@@ -122,7 +122,9 @@ def _layout(t: Translator, first_form: str) -> Layout:
                     elem_id="train-upload",
                     height=110,
                 )
-                pasted = gr.Textbox(label=t("train.open.paste"), lines=6, elem_id="train-paste", max_length=1_000_000)
+                pasted = gr.Textbox(
+                    "", label=t("train.open.paste"), lines=6, elem_id="train-paste", max_length=1_000_000
+                )
                 load = gr.Button(t("train.open.load"), elem_id="train-load")
             glances = gr.HTML(elem_id="train-glances", apply_default_css=False)
     return Layout(fields, goto, form, problems, start, look, said, report, toml, upload, pasted, load, glances)

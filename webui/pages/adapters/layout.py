@@ -101,9 +101,10 @@ class Inspector:
 
 def make_listing(t: Translator) -> Listing:
     """Filters above, cards below."""
-    chosen = gr.Textbox(visible="hidden", elem_id="adapters-chosen", label="chosen")
+    chosen = gr.Textbox("", visible="hidden", elem_id="adapters-chosen", label="chosen")
     with gr.Row(elem_classes="filters"):
         search = gr.Textbox(
+            "",
             placeholder=t("adapters.search"),
             label=t("adapters.search"),
             show_label=False,
@@ -122,7 +123,7 @@ def make_listing(t: Translator) -> Listing:
 
 def make_inspector(t: Translator, known_bases: Sequence[Base]) -> Inspector:
     """The chosen one on top, what can be done below."""
-    mixed = gr.Textbox(visible="hidden", elem_id="adapters-mixed", label="mix")
+    mixed = gr.Textbox("", visible="hidden", elem_id="adapters-mixed", label="mix")
     head = gr.HTML(elem_id="adapters-head", apply_default_css=False, js_on_load=CLICKS)
     said = gr.HTML(elem_id="adapters-said", apply_default_css=False)
     with gr.Tabs(elem_id="adapters-tabs") as tabs:
@@ -157,11 +158,11 @@ def _filter(t: Translator, name: str, choices: Sequence[tuple[str, str]], min_wi
 
 def _describe(t: Translator) -> Describe:
     return Describe(
-        title=gr.Textbox(label=t("adapters.edit.title"), elem_id="adapters-edit-title", max_length=300),
-        trigger=gr.Textbox(label=t("adapters.edit.trigger"), elem_id="adapters-edit-trigger", max_length=1000),
-        tags=gr.Textbox(label=t("adapters.edit.tags"), elem_id="adapters-edit-tags", max_length=4000),
+        title=gr.Textbox("", label=t("adapters.edit.title"), elem_id="adapters-edit-title", max_length=300),
+        trigger=gr.Textbox("", label=t("adapters.edit.trigger"), elem_id="adapters-edit-trigger", max_length=1000),
+        tags=gr.Textbox("", label=t("adapters.edit.tags"), elem_id="adapters-edit-tags", max_length=4000),
         about=gr.Textbox(
-            label=t("adapters.edit.description"), lines=3, elem_id="adapters-edit-description", max_length=8000
+            "", label=t("adapters.edit.description"), lines=3, elem_id="adapters-edit-description", max_length=8000
         ),
         thumbnail=gr.File(
             label=t("adapters.edit.thumbnail"),
@@ -175,7 +176,7 @@ def _describe(t: Translator) -> Describe:
 
 
 def _change(t: Translator) -> Change:
-    name = gr.Textbox(label=t("adapters.name"), elem_id="adapters-new-name", max_length=100)
+    name = gr.Textbox("", label=t("adapters.name"), elem_id="adapters-new-name", max_length=100)
     with gr.Row():
         format = _choice(t("adapters.format"), "adapters-format", ["kohya", "peft"], "peft")
         precision = _choice(t("adapters.precision"), "adapters-precision", ["same", "fp16", "bf16", "fp32"], "same")
@@ -241,7 +242,7 @@ def _mix(t: Translator, text: gr.Textbox, known_bases: Sequence[Base]) -> Mix:
         visible=False,
     )
     heat = gr.HTML(elem_id="adapters-heat", apply_default_css=False)
-    name = gr.Textbox(label=t("adapters.name"), elem_id="adapters-merge-name", max_length=100)
+    name = gr.Textbox("", label=t("adapters.name"), elem_id="adapters-merge-name", max_length=100)
     with gr.Row():
         save = gr.Button(t("adapters.mix.save"), elem_id="adapters-merge-save")
         bake = gr.Button(t("adapters.mix.bake"), elem_id="adapters-bake")

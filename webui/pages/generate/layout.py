@@ -109,7 +109,7 @@ def make_controls(t: Translator, known_bases: Sequence[Base]) -> Controls:
         go = gr.Button(t("generate.go"), variant="primary", elem_id="generate-go", scale=3, min_width=120)
         stop = gr.Button(t("generate.cancel"), elem_id="generate-cancel", scale=1, min_width=90)
     said = gr.HTML(elem_id="generate-said", apply_default_css=False)
-    negative = gr.Textbox(label=t("generate.negative"), lines=1, max_length=10_000, elem_id="generate-negative")
+    negative = gr.Textbox("", label=t("generate.negative"), lines=1, max_length=10_000, elem_id="generate-negative")
     steps, cfg, sampler, count = _sampling(t)
     size, width, height = _size(t, first)
     seed, clip_skip, seed_mode = _seed(t)
@@ -122,7 +122,7 @@ def make_controls(t: Translator, known_bases: Sequence[Base]) -> Controls:
             height=110,
             elem_id="generate-png",
         )
-    kept = gr.Textbox(visible="hidden", elem_id="generate-kept", label="kept")
+    kept = gr.Textbox("", visible="hidden", elem_id="generate-kept", label="kept")
     return Controls(base, stack, add, go, stop, said, size, dropped, fields, kept)
 
 
