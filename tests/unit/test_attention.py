@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_diffusion.models.attention import FasterOnCPU, FasterOnGPU
+from lora_diffusion.models.attention import FasterOnCPU, FasterOnGPU, _PlainAttention
 from lora_diffusion.models.libraries import Attention, AttnProcessor
 
 BATCH, WIDTH, TEXT_WIDTH, HEADS, TOKENS = 2, 32, 24, 4, 21
@@ -51,6 +51,34 @@ def test_plain_attention_in_bfloat16_rounds_where_diffusers_does(upcasts: bool) 
         results.append(attention(*inputs(is_cross=True, dtype=torch.bfloat16)))
 
     assert torch.equal(results[1], results[0])
+
+
+@pytest.mark.parametrize(
+    "needed", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
+)
+def test_plain_attention_as_one_step_is_what_autograd_makes_of_it(needed: tuple[bool, bool, bool]) -> None:
+    """Of parts of larger tensors, as projections make them, and only the gradients that are asked for."""
+    drawn = torch.Generator().manual_seed(1)
+    queries, others = (torch.randn(3, count, 24, generator=drawn, dtype=torch.float64) for count in (5, 7))
+    parts = [queries[..., :8], others[..., 8:16], others[..., 16:]]
+    query, key, value = given = [part.detach().requires_grad_(is_so) for part, is_so in zip(parts, needed, strict=True)]
+    asked = [part for part in given if part.requires_grad]
+    plain = (0.3 * query @ key.mT).softmax(-1) @ value
+    ours = _PlainAttention.apply(query, key, value, 0.3)
+
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)  # float64's rounding
+    expected, made = (torch.autograd.grad(output.square().sum(), asked) for output in (plain, ours))
+    torch.testing.assert_close(made, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_training_in_bfloat16_keeps_no_scores() -> None:
+    attention = layer(is_cross=False, dtype=torch.bfloat16)
+    attention.set_processor(FasterOnCPU())  # pyright: ignore[reportArgumentType]  # diffusers names one of its own
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        attention(*inputs(is_cross=False, dtype=torch.bfloat16))
+
+    assert [tensor.shape for tensor in saved].count((BATCH * HEADS, TOKENS, TOKENS)) == 1
 
 
 @pytest.mark.parametrize("trains", [False, True])
