@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_diffusion.adapters.base import Adapter, Layer
-from lora_diffusion.adapters.frozen import weight_to_multiply
 from lora_diffusion.adapters.fused import joint_lora_linear
 from lora_diffusion.adapters.lora import LoRA
-from lora_diffusion.adapters.stacked import stackable, stacked_lora_linear
+from lora_diffusion.adapters.stacked import stackable, stacked_lora_layer, stacked_lora_linear
 from lora_diffusion.adapters.together import ALIGNED
 
 
@@ -69,7 +68,7 @@ class JointAdapters(nn.Module):
             return adapters[0](x)
         rows = [count for _, count in self.layout.shares]
         if loras := stackable(x, rows, [[own] for own in adapters]):
-            return stacked_lora_linear(x, weight_to_multiply(self.base), self.base.bias, loras)[0]
+            return stacked_lora_layer(x, self.base, loras)
         fused = [own for own in adapters if isinstance(own, LoRA) and own.is_fused(x)]
         if isinstance(self.base, nn.Linear) and len(fused) == len(adapters):
             scales = [own.strength * own.scale for own in fused]

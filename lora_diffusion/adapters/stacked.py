@@ -10,13 +10,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lora_diffusion.adapters.base import Adapter
-from lora_diffusion.adapters.frozen import Weight, add_product, gradient_of_product
+from lora_diffusion.adapters.frozen import Layer, Weight, add_product, gradient_of_product, weight_to_multiply
 from lora_diffusion.adapters.fused import keep, kept, room
 from lora_diffusion.adapters.lora import LoRA
+
+
+def stacked_lora_layer(x: Tensor, base: Layer, by_training: Sequence[Sequence[LoRA]]) -> Tensor:
+    """`stacked_lora_linear` of one layer. A 1x1 convolution is the same for every pixel of x: (rows, in, H, W)."""
+    weight = weight_to_multiply(base)
+    if isinstance(base, nn.Linear):
+        return stacked_lora_linear(x, weight, base.bias, by_training)[0]
+    return stacked_lora_linear(x.permute(0, 2, 3, 1), weight, base.bias, by_training)[0].permute(0, 3, 1, 2)
 
 
 def stacked_lora_linear(
@@ -29,8 +37,8 @@ def stacked_lora_linear(
     returns them.
     """
     factors = [[lora.factors() for lora in loras] for loras in by_training]
-    down = torch.cat([down for pairs in factors for down, _ in pairs])  # (K · k · r, in)
-    up = torch.cat([up for pairs in factors for _, up in pairs])  # (K · k · out, r)
+    down = torch.cat([down.flatten(1) for pairs in factors for down, _ in pairs])  # (K · k · r, in)
+    up = torch.cat([up.flatten(1) for pairs in factors for _, up in pairs])  # (K · k · out, r)
     num_trainings, num_layers, first = len(factors), len(factors[0]), by_training[0][0]
     down = down.view(num_trainings, -1, down.shape[-1])  # (K, k · r, in)
     up = up.view(num_trainings, num_layers, -1, up.shape[-1])  # (K, k, out, r)

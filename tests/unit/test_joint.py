@@ -230,6 +230,34 @@ def test_loras_of_equal_shapes_are_computed_at_once_to_the_same_numbers(
         assert (got - want).norm() < tolerance * want.norm()
 
 
+@pytest.mark.parametrize("lies_last", [True, False], ids=["channels last", "channels first"])
+def test_loras_of_a_pointwise_convolution_are_those_of_each_training_alone(lies_last: bool) -> None:
+    """As around the transformers of Stable Diffusion 1.x, whose channels lie last where it is fast."""
+    layout = JointLayout()
+    base = nn.Conv2d(16, 24, 1).bfloat16().requires_grad_(False)
+    loras = [LoRA(base, 4, 6.0) for _ in range(2)]
+    for number, lora in enumerate(loras):
+        down, up = (
+            torch.randn(p.shape, generator=stream(number, "factors", p.shape[0])).bfloat16().requires_grad_()
+            for p in lora.trained()
+        )
+        lora.copies = (down, up)
+    layer = JointAdapters(base, layout, dict(enumerate(loras)))
+    leaves = [factor for lora in loras for factor in lora.copies or ()]
+    x = torch.randn(4, 16, 3, 5, generator=stream(0, "x")).bfloat16()
+    x = (x.contiguous(memory_format=torch.channels_last) if lies_last else x).requires_grad_()
+    direction = torch.randn(4, 24, 3, 5, generator=stream(0, "out")).bfloat16()
+    apart = torch.cat([loras[0](x[:2]), loras[1](x[2:])])
+    expected = torch.autograd.grad(apart, [x, *leaves], direction)
+    with layout.divided([(0, 2), (1, 2)]):
+        output = layer(x)
+        gradients = torch.autograd.grad(output, [x, *leaves], direction)
+
+    for got, want in zip([output, *gradients], [apart, *expected], strict=True):
+        assert got.shape == want.shape
+        assert (got - want).norm() < 0.02 * want.norm()  # some roundings to bfloat16
+
+
 def test_what_differs_is_computed_one_training_after_the_other() -> None:
     layout = JointLayout()
     made = [layer_with_copies(index, torch.bfloat16, layout, bias=False) for index in range(2)]
