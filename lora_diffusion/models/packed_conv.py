@@ -21,7 +21,7 @@ from lora_diffusion.progress import Track, silent
 _WIDTHS = (64, 128, 256, 320, 512, 640, 960, 1280, 1920, 2560)
 _TYPICAL_SIDE = 64  # of the latents; from 4 to 32 the order suits as well: within 15 % of the best one's time
 _ONCE, _PADDING = (1, 1), (1, 1)
-_SETTINGS = (
+SETTINGS = (
     *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
     *("padding_mode", "transposed", "output_padding"),  # not for arithmetic: repr and other code of torch reads them
 )
@@ -93,7 +93,7 @@ class PackedConv2d(nn.Conv2d):
         """
         assert isinstance(layer, nn.Conv2d)
         nn.Module.__init__(self)  # not Conv2d's, which would make a weight
-        for name in _SETTINGS:
+        for name in SETTINGS:
             setattr(self, name, getattr(layer, name))
         weight = layer.weight.detach().contiguous(memory_format=torch.channels_last)
         self.dtype = weight.dtype

@@ -1,8 +1,9 @@
-"""Frozen linear layers in oneDNN's order, against plain ones."""
+"""Frozen linear layers and 1x1 convolutions in oneDNN's order, against plain ones."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,8 +17,8 @@ from lora_diffusion.adapters.joint import JointLayout
 from lora_diffusion.adapters.kinds import ADAPTERS
 from lora_diffusion.adapters.lora import LoRA
 from lora_diffusion.models.libraries import Transformer2DModel
-from lora_diffusion.models.packed_conv import has_fast_bf16
-from lora_diffusion.models.packed_linear import _MAX_ROWS, PackedLinear, _num_rows, pack_linears
+from lora_diffusion.models.packed_conv import has_fast_bf16, pack_convolutions
+from lora_diffusion.models.packed_linear import _MAX_ROWS, PackedLinear, PackedPointwise, _num_rows, pack_linears
 from lora_diffusion.streams import stream
 from tests import sd15
 
@@ -40,9 +41,21 @@ def draw(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-def packed_twin(layer: nn.Linear) -> nn.Sequential:
+def pointwise(inputs: int = 320, outputs: int = 320, *, bias: bool = True) -> nn.Conv2d:
+    """A convolution with the weights of `linear`."""
+    layer = linear(inputs, outputs, bias=bias)
+    convolution = nn.Conv2d(inputs, outputs, 1, bias=bias, dtype=torch.bfloat16).requires_grad_(False)
+    convolution.weight.copy_(layer.weight[:, :, None, None])
+    if bias:
+        convolution.bias.copy_(layer.bias)
+    return convolution
+
+
+def packed_twin(layer: nn.Linear | nn.Conv2d) -> nn.Sequential:
     root = nn.Sequential(copy.deepcopy(layer))
-    assert pack_linears(root, FEW_PIXELS) == 1 and type(root[0]) is PackedLinear
+    pack_convolutions(root)
+    assert pack_linears(root, FEW_PIXELS) == 1
+    assert type(root[0]) is (PackedLinear if isinstance(layer, nn.Linear) else PackedPointwise)
     return root
 
 
@@ -63,6 +76,29 @@ def test_output_and_gradient_are_those_of_the_plain_layer(shape: tuple[int, int,
     # sums in float32, rounded once to bfloat16; autograd rounds the exact gradient, too
     torch.testing.assert_close(output.double(), exact, rtol=BF16, atol=1e-4)
     torch.testing.assert_close(grad.double(), exact_grad.double(), rtol=2 * BF16, atol=1e-4)
+
+
+@packs
+@pytest.mark.parametrize("lies_last", [True, False], ids=["channels last", "channels first"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_pointwise_convolution_is_the_linear_layer_of_every_pixel(bias: bool, lies_last: bool) -> None:
+    plain = pointwise(320, 640, bias=bias)
+    packed = packed_twin(plain)[0]
+    exact = copy.deepcopy(plain).double()
+    x, grad_output = draw(2, 320, 5, 3), draw(2, 640, 5, 3, seed=2)
+    if lies_last:
+        x, grad_output = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, grad_output))
+    x.requires_grad_()
+    expected = exact(x.double())
+    (expected_grad,) = torch.autograd.grad(expected, x, grad_output.double())
+    output = packed(x)
+    (grad,) = torch.autograd.grad(output, x, grad_output)
+    torch.testing.assert_close(output.double(), expected, rtol=BF16, atol=1e-4)  # as above
+    torch.testing.assert_close(grad.double(), expected_grad.double(), rtol=2 * BF16, atol=1e-4)
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(packed.dequantised_weight(), plain.weight) and packed.weight.shape == plain.weight.shape
+    assert packed.weight.sum().isnan()
+    assert repr(packed) == repr(plain).replace("Conv2d", "PackedPointwise")
 
 
 @packs
@@ -128,12 +164,16 @@ def test_of_stable_diffusion_those_that_see_few_rows_gain(num_pixels: int, narro
 
 @packs
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_every_adapter_kind_does_on_a_packed_layer_what_it_does_on_a_plain_one(kind: str) -> None:
-    plain_root = nn.Sequential(linear())
+@pytest.mark.parametrize("make", [linear, pointwise])
+def test_every_adapter_kind_does_on_a_packed_layer_what_it_does_on_a_plain_one(
+    make: Callable[[], nn.Linear | nn.Conv2d], kind: str
+) -> None:
+    plain_root = nn.Sequential(make())
     packed_root = packed_twin(plain_root[0])
     outputs: list[Tensor] = []
     grads: list[Tensor] = []
-    x = draw(2, 6, 320).requires_grad_()
+    x = draw(2, 6, 320) if make is linear else draw(2, 320, 2, 3).contiguous(memory_format=torch.channels_last)
+    x.requires_grad_()
     for root in (plain_root, packed_root):
         layers = select_layers(root, ("0",))
         adapters = inject(root, layers, lambda path, layer: ADAPTERS[kind](layer, 4, 4.0, generator=stream(0, path)))
@@ -149,22 +189,26 @@ def test_every_adapter_kind_does_on_a_packed_layer_what_it_does_on_a_plain_one(k
     # both round to bfloat16, after sums in another order; a product with a bias does so once more
     torch.testing.assert_close(outputs[1], outputs[0], rtol=4 * BF16, atol=4 * BF16)
     assert torch.cosine_similarity(grads[0], grads[1], dim=0) > 0.9999
-    assert type(packed_root[0]) is nn.Linear
+    assert type(packed_root[0]) is type(plain_root[0])
     torch.testing.assert_close(packed_root[0].weight, plain_root[0].weight, rtol=BF16, atol=0)
 
 
 @packs
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_lora_is_one_step_of_autograd_with_it_and_a_fresh_one_gives_bit_for_bit_the_layer(bias: bool) -> None:
-    root = packed_twin(linear(bias=bias))
-    x = draw(4, 320).requires_grad_()
+@pytest.mark.parametrize("make", [linear, pointwise])
+def test_a_lora_is_one_step_of_autograd_with_it_and_a_fresh_one_gives_bit_for_bit_the_layer(
+    make: Callable[..., nn.Linear | nn.Conv2d], bias: bool
+) -> None:
+    root = packed_twin(make(bias=bias))
+    kind = type(root[0])
+    x = (draw(4, 320) if make is linear else draw(1, 320, 2, 2)).requires_grad_()
     assert can_fuse(x, root[0])
     expected = root(x)
     adapters = inject(root, select_layers(root, ("0",)), lambda path, layer: LoRA(layer, 8, 8.0))
     output = root(x)
     assert torch.equal(output, expected)
     eject(root, adapters)
-    assert type(root[0]) is PackedLinear
+    assert type(root[0]) is kind
 
 
 @packs
