@@ -6,32 +6,53 @@ import atexit
 import gc
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import psutil
 
 from lora_diffusion.errors import UserError
 
+_LOOKS, _BETWEEN_LOOKS_S = 5, 0.01
+
 
 def spin_briefly() -> None:
     """Let threads of this process soon sleep while they wait for each other. Call it before torch is imported.
 
-    GNU's OpenMP spins 300,000 rounds by default, a millisecond or more. Where other programs want the cores too, that
-    keeps the very threads from running that are waited for: beside four busy programs on two cores of AMD EPYC, steps
-    of the quickstart took 8 s or more each, and 1.9 s with 3,000 rounds. To wake a thread that sleeps takes long, too,
-    on a virtual machine above all. Steps with two threads of Intel Xeon (Sapphire Rapids or later), nothing beside:
+    GNU's OpenMP spins 300,000 rounds by default. Where other programs want the cores too, that keeps the very threads
+    from running that are waited for. To wake a thread that sleeps takes long, too, on a virtual machine above all: its
+    price is what a step with nothing beside shows. Two threads on two cores of Intel Xeon (Sapphire Rapids or later),
+    torch 2.13, a step of SD 1.5 at 256 px in bf16, and seconds of one of a base of 1/25 of its weights:
 
-    | rounds | SD 1.5, 256 px, bf16 | a base of 1/25 of its weights, fp32 |
-    | --- | --- | --- |
-    | 3,000 | 0.72 s | 0.147 s |
-    | 10,000 | 0.66 s | 0.120 s |
-    | 20,000 | 0.65 s | 0.112 s |
-    | 300,000 | 0.67 s | 0.116 s |
-
-    There, beside four busy programs, the second took 0.6 to 1.2 s with any number of rounds.
+    | rounds | SD 1.5, of 10,000's time | the small base | that beside one busy program |
+    | --- | --- | --- | --- |
+    | 3,000 | 1.09 | 0.147 | 0.3 to 0.5 |
+    | 10,000 | 1 | 0.120 | 0.8 |
+    | 20,000 | 0.97 | 0.112 | 0.8 to 1.2 |
+    | 100,000 | 0.95 | - | 1.7 to 3.5 |
+    | 300,000 | 0.96 | 0.116 | 1.8 to 3.8 |
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000" if cores_are_wanted() else "20000")
+
+
+def cores_are_wanted() -> bool:
+    """Whether programs beside this one keep more cores busy now than its threads leave free. False where unknown."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    num_threads = int(wanted) if wanted.isdecimal() else ours
+    free = (os.cpu_count() or 1) - num_threads
+    return num_threads > 1 and min(_num_running() for _ in range(_LOOKS)) - 1 > free
+
+
+def _num_running() -> int:
+    """How many threads of the whole machine run or wait for a core, this one included."""
+    time.sleep(_BETWEEN_LOOKS_S)  # a program that is only just waking up is not one that keeps a core
+    try:
+        return int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0])
+    except (OSError, ValueError, IndexError):
+        return 1
 
 
 def end_quickly() -> None:

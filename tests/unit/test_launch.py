@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
+from lora_diffusion import launch
 from lora_diffusion.launch import is_incomplete, num_processes_of
 
 LAUNCHED = {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}
@@ -51,7 +54,40 @@ def test_threads_of_torch_soon_sleep_while_they_wait() -> None:
         check=True,
     )
 
-    assert "GOMP_SPINCOUNT = '10000'" in process.stderr
+    assert "GOMP_SPINCOUNT = '20000'" in process.stderr or "GOMP_SPINCOUNT = '3000'" in process.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/loadavg").exists(), reason="asks Linux")
+def test_a_program_that_keeps_a_core_busy_is_seen() -> None:
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+        time.sleep(0.5)
+        seen = min(launch._num_running() for _ in range(5))
+        busy.kill()
+
+    assert seen >= 2  # it, and who asks
+
+
+@pytest.mark.parametrize(
+    ("running", "threads", "are_wanted"),
+    [
+        ([1, 1, 1, 1, 1], "", False),
+        ([2, 2, 3, 2, 2], "", True),
+        ([2, 1, 2, 2, 2], "", False),  # what wakes up for a moment is not busy
+        ([2, 2, 2, 2, 2], "3", False),  # one of four cores is left
+        ([3, 3, 3, 3, 3], "3", True),
+        ([9, 9, 9, 9, 9], "1", False),  # one thread waits for nobody
+    ],
+)
+def test_cores_are_wanted_if_others_need_more_than_is_left(
+    monkeypatch: pytest.MonkeyPatch, running: list[int], threads: str, are_wanted: bool
+) -> None:
+    counts = iter(running)
+    monkeypatch.setattr(launch, "_num_running", lambda: next(counts))
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+
+    assert launch.cores_are_wanted() is are_wanted
 
 
 def test_a_process_ends_without_looking_through_its_objects() -> None:
