@@ -25,7 +25,7 @@ def spin_briefly() -> None:
     price is what a step with nothing beside shows. Two threads on two cores of Intel Xeon (Sapphire Rapids or later),
     torch 2.13, a step of SD 1.5 at 256 px in bf16, and seconds of one of a base of 1/25 of its weights:
 
-    | rounds | SD 1.5, of 10,000's time | the small base | that beside one busy program |
+    | rounds | SD 1.5, of 10,000's time | the small base, fp32 | the small base, bf16, beside one busy program |
     | --- | --- | --- | --- |
     | 3,000 | 1.09 | 0.147 | 0.3 to 0.5 |
     | 10,000 | 1 | 0.120 | 0.8 |

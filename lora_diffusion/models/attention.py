@@ -108,7 +108,7 @@ class FasterOnCPU(_Fused):
     | 1024 x 77 | 5.7, 3.3 | 8.4, 4.6 | 4.4, 3.7 |
 
     The column of AVX512 is from before freed memory was kept (`models/heap.py`), from which the plain one gains most,
-    and both of bfloat16 from before that was one step (`_PlainAttention`), by which it takes a tenth less.
+    and in bfloat16 the plain one was not one step yet (`_PlainAttention`), which takes a tenth less.
     Beyond 1024 x 1024 the plain one would keep too much for the backward pass. In bfloat16 it is that pass which gains:
     without one, the fused kernel takes three quarters of the plain one's time for 1024 x 1024.
     """
