@@ -18,7 +18,14 @@ from lora_diffusion.adapters.kinds import ADAPTERS
 from lora_diffusion.adapters.lora import LoRA
 from lora_diffusion.models.libraries import Transformer2DModel
 from lora_diffusion.models.packed_conv import has_fast_bf16, pack_convolutions
-from lora_diffusion.models.packed_linear import _MAX_ROWS, PackedLinear, PackedPointwise, _num_rows, pack_linears
+from lora_diffusion.models.packed_linear import (
+    _MAX_ROWS,
+    PackedLinear,
+    PackedPointwise,
+    _max_rows,
+    _num_rows,
+    pack_linears,
+)
 from lora_diffusion.streams import stream
 from tests import sd15
 
@@ -160,6 +167,15 @@ def test_of_stable_diffusion_those_that_see_few_rows_gain(num_pixels: int, narro
     assert widths == {320, 640, 1280}
     gaining = [width for width in widths if _num_rows(nn.Linear(width, width, device="meta"), num_pixels) <= _MAX_ROWS]
     assert min(gaining, default=None) == narrowest
+
+
+@pytest.mark.parametrize(
+    ("outputs", "num_pixels", "gains"), [(1280, 1024, True), (1280, 1025, False), (960, 1024, False)]
+)
+def test_layers_with_many_outputs_gain_with_more_rows(outputs: int, num_pixels: int, gains: bool) -> None:
+    """As in front of GEGLU at 256 px."""
+    layer = nn.Linear(320, outputs, dtype=torch.bfloat16, device="meta")
+    assert (_num_rows(layer, num_pixels) <= _max_rows(layer)) is gains
 
 
 @packs
