@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BufferedReader
 from itertools import groupby
@@ -32,7 +33,7 @@ DTYPES = {
 
 
 class TensorFile:
-    """Reads tensors of an open .safetensors file, each into the same buffer.
+    """Reads tensors of an open .safetensors file, in turns into two buffers.
 
     The file is not mapped, so none of it stays in memory; and freed buffers would leave holes between the weights.
     """
@@ -43,15 +44,15 @@ class TensorFile:
         self._identity = _identity(path)
         self.header: Header = read_header(path)
         self._file: BufferedReader | None = None
-        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._buffers: list[Tensor] = []
 
     def __enter__(self) -> Self:
         """Raises ModelError if it is another file than the one whose header was read."""
         if _identity(self.path) != self._identity:
             raise ModelError(f"{self.path}: was changed or moved while it was in use. Start again.")
         self._file = self.path.open("rb")
-        sizes = (info.end - info.begin for info in self.header.tensors.values())
-        self._buffer = torch.empty(max(sizes, default=0), dtype=torch.uint8)
+        largest = max((info.end - info.begin for info in self.header.tensors.values()), default=0)
+        self._buffers = [torch.empty(largest, dtype=torch.uint8) for _ in range(2)]
         return self
 
     def __exit__(
@@ -59,10 +60,24 @@ class TensorFile:
     ) -> None:
         if self._file is not None:
             self._file.close()
-        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._buffers.clear()
+
+    def read_in_turn(self, places: Iterable[Place]) -> Iterator[Tensor]:
+        """`read` for one place after the other, each until the next; that one is read by a thread meanwhile."""
+        coming: Future[Tensor] | None = None
+        with ThreadPoolExecutor(1) as reader:
+            for place in places:
+                ready, coming = coming, reader.submit(self.read, place.key, place.third)
+                if ready is not None:
+                    yield ready.result()
+            if coming is not None:
+                yield coming.result()
 
     def read(self, name: str, third: int | None = None) -> Tensor:
-        """The tensor as it is stored, until the next call. third: 0, 1 or 2 reads that third of its rows only."""
+        """The tensor as it is stored, until the next call but one.
+
+        third: 0, 1 or 2 reads that third of its rows only.
+        """
         assert self._file is not None, "read inside `with`"
         info = self.header.tensors[name]
         if info.dtype not in DTYPES:
@@ -72,7 +87,8 @@ class TensorFile:
             )
         shape = info.shape if third is None else (info.shape[0] // 3, *info.shape[1:])
         size = (info.end - info.begin) // (1 if third is None else 3)
-        stored = self._buffer[:size]
+        self._buffers.reverse()
+        stored = self._buffers[0][:size]
         self._file.seek(self.header.data_start + info.begin + (third or 0) * size)
         if self._file.readinto(stored.numpy().data) != size:
             raise ModelError(f"{self.path}: ends within {name}. Something changed the file; load it again.")
@@ -119,8 +135,8 @@ def _without_1x1(shape: tuple[int, ...]) -> tuple[int, ...]:
 def fill(module: nn.Module, stored: Mapping[str, Stored], dtype: torch.dtype, track: Track = silent) -> None:
     """Gives `module`, made without weights, the tensors of `stored` (name in the module → where it is) in `dtype`.
 
-    Beside the module there is never more than one tensor in memory. track: shows how far it is, if that takes a while.
-    Raises ModelError for a value that is not finite.
+    Beside the module there are never more than two tensors in memory. track: shows how far it is, if that takes a
+    while. Raises ModelError for a value that is not finite.
     """
     expected = module.state_dict()
     weights: dict[str, Tensor] = {}
@@ -129,16 +145,20 @@ def fill(module: nn.Module, stored: Mapping[str, Stored], dtype: torch.dtype, tr
     names.sort(key=lambda name: (files.index(stored[name].file), stored[name].info.begin))
     is_large = sum(tensor.nbytes for tensor in expected.values()) > _LARGE_BYTES
     tracked = track(names, f"Reading {files[0].path.name}") if is_large else names
-    for file, mine in groupby(tracked, key=lambda name: stored[name].file):
-        with file:
-            for name in mine:
-                weights[name] = _read(stored[name], tuple(expected[name].shape), dtype)
+    for name, tensor in zip(tracked, _read([stored[name] for name in names]), strict=True):
+        weights[name] = _finished(tensor, stored[name], tuple(expected[name].shape), dtype)
     module.load_state_dict(weights, strict=True, assign=True)
 
 
-def _read(stored: Stored, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _read(items: Iterable[Stored]) -> Iterator[Tensor]:
+    """Each as it is stored, until the next."""
+    for file, group in groupby(items, key=lambda item: item.file):
+        with file:
+            yield from file.read_in_turn(item.place for item in group)
+
+
+def _finished(tensor: Tensor, stored: Stored, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     place = stored.place
-    tensor = stored.file.read(place.key, place.third)
     tensor = (tensor.T if place.is_transposed else tensor).to(dtype, copy=True).reshape(shape).contiguous()
     if not is_finite(tensor):
         raise ModelError(
