@@ -119,27 +119,44 @@ def measure(trainers: Sequence[Trainer], task: Task, lengths: tuple[int, int], t
 
 
 def summary(pairs: Sequence[tuple[Run, Run]], lengths: tuple[int, int]) -> dict[str, Any]:
-    num_steps = lengths[1] - lengths[0]
+    rounds = [_of_round(short, long, lengths) for short, long in pairs]
     return {
-        "wall_s_per_step": statistics.median((long.wall_s - short.wall_s) / num_steps for short, long in pairs),
-        "cpu_s_per_step": statistics.median((long.cpu_s - short.cpu_s) / num_steps for short, long in pairs),
-        "run_wall_s": statistics.median(long.wall_s for _, long in pairs),
-        "run_cpu_s": statistics.median(long.cpu_s for _, long in pairs),
+        **{key: statistics.median(times[key] for times in rounds) for key in rounds[0]},
         "peak_mb": max(run.peak_mb for pair in pairs for run in pair),
         "gpu_mb": max(run.gpu_mb for pair in pairs for run in pair),
         "runs": [[asdict(run) for run in pair] for pair in pairs],
     }
 
 
-def ratios(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """How many times longer each peer takes than this trainer on the same layers; of memory, how many times more."""
-    by_name = {record["trainer"]: record for record in records}
-    keys = ("wall_s_per_step", "cpu_s_per_step", "run_wall_s", "run_cpu_s", "peak_mb")
+def _of_round(short: Run, long: Run, lengths: tuple[int, int]) -> dict[str, float]:
+    num_steps = lengths[1] - lengths[0]
     return {
-        peer: {key: by_name[peer][key] / by_name[mine][key] for key in keys}
-        for peer, mine in PEERS.items()
-        if peer in by_name
+        "wall_s_per_step": (long.wall_s - short.wall_s) / num_steps,
+        "cpu_s_per_step": (long.cpu_s - short.cpu_s) / num_steps,
+        "run_wall_s": long.wall_s,
+        "run_cpu_s": long.cpu_s,
     }
+
+
+def ratios(records: Sequence[dict[str, Any]], lengths: tuple[int, int]) -> dict[str, dict[str, float]]:
+    """How many times longer each peer takes than this trainer on the same layers; of memory, how many times more.
+
+    Of times it is the median over the rounds, each with its own: a shared machine may be half as fast an hour later.
+    """
+    by_name = {record["trainer"]: record for record in records}
+    found: dict[str, dict[str, float]] = {}
+    for peer, mine in PEERS.items():
+        if peer not in by_name:
+            continue
+        theirs, ours = (
+            [_of_round(Run(**short), Run(**long), lengths) for short, long in by_name[name]["runs"]]
+            for name in (peer, mine)
+        )
+        found[peer] = {
+            key: statistics.median(their[key] / our[key] for their, our in zip(theirs, ours, strict=True))
+            for key in theirs[0]
+        } | {"peak_mb": by_name[peer]["peak_mb"] / by_name[mine]["peak_mb"]}
+    return found
 
 
 def check_parity(task: Task, steps: int, threads: int) -> dict[str, Any]:
@@ -201,7 +218,7 @@ def main() -> None:
         "pictures": options.pictures,
         "rounds": options.rounds,
         "trainers": records,
-        "ratios": ratios(records),
+        "ratios": ratios(records, options.steps),
     }
     if options.parity:
         result["parity"] = check_parity(task, PARITY_STEPS[options.base], options.threads)

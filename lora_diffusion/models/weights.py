@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from io import BufferedReader
 from itertools import groupby
@@ -62,7 +63,7 @@ class TensorFile:
             self._file.close()
         self._buffers.clear()
 
-    def read_in_turn(self, places: Iterable[Place]) -> Iterator[Tensor]:
+    def read_in_turn(self, places: Iterable[Place]) -> Generator[Tensor]:
         """`read` for one place after the other, each until the next; that one is read by a thread meanwhile."""
         coming: Future[Tensor] | None = None
         with ThreadPoolExecutor(1) as reader:
@@ -145,12 +146,13 @@ def fill(module: nn.Module, stored: Mapping[str, Stored], dtype: torch.dtype, tr
     names.sort(key=lambda name: (files.index(stored[name].file), stored[name].info.begin))
     is_large = sum(tensor.nbytes for tensor in expected.values()) > _LARGE_BYTES
     tracked = track(names, f"Reading {files[0].path.name}") if is_large else names
-    for name, tensor in zip(tracked, _read([stored[name] for name in names]), strict=True):
-        weights[name] = _finished(tensor, stored[name], tuple(expected[name].shape), dtype)
+    with closing(_read([stored[name] for name in names])) as tensors:
+        for name, tensor in zip(tracked, tensors, strict=True):
+            weights[name] = _finished(tensor, stored[name], tuple(expected[name].shape), dtype)
     module.load_state_dict(weights, strict=True, assign=True)
 
 
-def _read(items: Iterable[Stored]) -> Iterator[Tensor]:
+def _read(items: Iterable[Stored]) -> Generator[Tensor]:
     """Each as it is stored, until the next."""
     for file, group in groupby(items, key=lambda item: item.file):
         with file:

@@ -72,6 +72,20 @@ def test_output_and_gradient_are_those_of_the_plain_layer(
 
 
 @packs
+def test_layers_of_all_sizes_that_are_packed_in_turn_keep_their_gradients() -> None:
+    sizes = [(64, 128), (64, 64), (128, 64), (64, 64)]
+    layers = [convolution(inputs, outputs) for inputs, outputs in sizes]
+    root = nn.Sequential(*copy.deepcopy(layers))
+    assert pack_convolutions(root) == len(layers)
+    for plain, packed in zip(layers, root, strict=True):
+        x = picture(1, plain.in_channels, 6, 6).requires_grad_()
+        grad_output = picture(1, plain.out_channels, 6, 6, seed=2)
+        (exact,) = torch.autograd.grad(plain.double()(x.double()), x, grad_output.double())
+        (grad,) = torch.autograd.grad(packed(x), x, grad_output)
+        torch.testing.assert_close(grad.double(), exact.double(), rtol=2 * BF16, atol=1e-4)  # as above
+
+
+@packs
 def test_nothing_is_saved_for_the_backward_pass_and_no_weight_is_kept_unpacked() -> None:
     packed = PackedConv2d(convolution(64, 64))
     saved: list[Tensor] = []
