@@ -140,7 +140,7 @@ def test_a_sampler_that_is_not_here_is_named_and_neither_replaced_nor_drawn_with
     save_png(Image.new("RGB", (64, 64)), picture, text)
     opening = Opening(site, T)
 
-    *fields, dropped, _ = opening.open_png(str(picture))
+    *fields, dropped, _ = opening.open_png(str(picture), "models/b")
     *_, used = opening.act_on_picture("models/b", clicked(act="use", id="pictures/a.png"))
     *_, again = opening.act_on_picture("models/b", clicked(act="again", id="pictures/a.png"))
 
@@ -156,10 +156,32 @@ def test_a_png_that_cannot_be_read_is_said_to_be_so_and_changes_nothing(site: Si
     damaged = tmp_path / "a.png"
     damaged.write_bytes(b"\x89PNG\r\n\x1a\n damaged")
 
-    *fields, said, _ = Opening(site, T).open_png(str(damaged))
+    *fields, said, _ = Opening(site, T).open_png(str(damaged), "models/b")
 
     assert "said bad" in str(said) and "cannot be read" in str(said)
     assert all(field == skip() for field in fields)
+
+
+@pytest.mark.parametrize(("size", "listed"), [((512, 768), "512x768"), ((640, 328), "")])
+@pytest.mark.parametrize("dropped", [True, False])
+def test_the_list_of_sizes_shows_a_pictures_size_or_that_it_is_ones_own(
+    site: Site, size: tuple[int, int], listed: str, dropped: bool
+) -> None:
+    text = write_parameters(dataclasses.replace(Request("a cup"), size=size), "models/b", {})
+    picture = site.places.root / "pictures" / "a.png"
+    picture.parent.mkdir()
+    save_png(Image.new("RGB", size), picture, text)
+    opening = Opening(site, T)
+    if dropped:
+        *values, _, _ = opening.open_png(str(picture), "models/b")
+    else:
+        *values, _ = opening.act_on_picture("models/b", clicked(act="use", id="pictures/a.png"))
+
+    names = [field.name for field in fields(Fields)]
+    sizes: Any = values[-1]
+    assert (values[names.index("width")], values[names.index("height")]) == size
+    assert sizes.value == listed
+    assert listed in [value for _, value in sizes.choices]
 
 
 def test_a_run_that_trains_is_asked_for_the_picture_instead(site: Site, engine: GreyEngine) -> None:

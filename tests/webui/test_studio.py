@@ -177,6 +177,7 @@ def test_a_dropped_png_fills_the_fields_and_unknown_adapters_are_named(
     expect(page.locator("#generate-seed input")).to_have_value("77")
     expect(page.locator("#generate-steps input[type=number]")).to_have_value("7")
     expect(page.locator("#generate-height input")).to_have_value("96")
+    expect(page.locator("#generate-size input")).to_have_value("64 × 96")
     expect(page.locator("#generate-stack output")).to_have_text("0.6", timeout=WAIT_MS)
 
 

@@ -18,7 +18,7 @@ from webui.pages.events import QUICK
 from webui.pages.generate.layout import Controls, Fields, Results, add_choices, size_choices
 from webui.pages.generate.ordering import Orders
 from webui.pages.generate.prompt import show_stack
-from webui.services.bases import Base, base_of_run
+from webui.services.bases import Base, base_of_run, find_base
 from webui.services.drawing_form import FIRST_PROMPT, DrawingForm, fields_from_json
 from webui.services.gallery import Picture
 from webui.services.infotext_file import read_settings
@@ -45,7 +45,9 @@ def connect(site: Site, t: Translator, demo: gr.Blocks, controls: Controls, resu
     handlers = Opening(site, t)
     filled = [*controls.fields.all(), controls.stack, controls.size]
     results.gallery.select(handlers.act_on_picture, controls.base, [*filled, controls.said], **QUICK)
-    controls.dropped.upload(handlers.open_png, controls.dropped, [*filled, controls.said, controls.dropped], **QUICK)
+    controls.dropped.upload(
+        handlers.open_png, [controls.dropped, controls.base], [*filled, controls.said, controls.dropped], **QUICK
+    )
     remembered = controls.remembered()
     demo.load(
         handlers.open_page,
@@ -65,10 +67,10 @@ class Opening:
     site: Site
     t: Translator
 
-    def fill(self, request: Request) -> list[object]:
+    def fill(self, request: Request, base: Base | None) -> list[object]:
         """The settings of `request`, with its seed kept; how many pictures are drawn is not one of them.
 
-        A sampler that is not here leaves the field as it is.
+        A sampler that is not here leaves the field as it is. base: the chosen one, whose sizes are listed.
         """
         width, height = request.size or (gr.skip(), gr.skip())
         fields: dict[str, object] = {
@@ -84,11 +86,10 @@ class Opening:
             "seed": request.seed,
             "seed_mode": "fixed",
         }
-        size = f"{width}x{height}" if request.size else gr.skip()
         return [
             *(fields[field.name] for field in fields_of(Fields)),
             show_stack(self.site, self.t, request.prompt),
-            size,
+            self._size_list(base, request.size) if base and request.size else gr.skip(),
         ]
 
     def act_on_picture(self, base_id: str, event: gr.EventData) -> list[object]:
@@ -102,7 +103,7 @@ class Opening:
                 return [*UNCHANGED, said(self.t("generate.deleted", name=picture.name))]
             case "use" if picture.parameters:
                 request, unknown = self.site.studio.settle(picture.parameters)
-                return [*self.fill(request), self._about(request, unknown, picture.name)]
+                return [*self.fill(request, self._base(base_id)), self._about(request, unknown, picture.name)]
             case "again" if picture.parameters:
                 return [*UNCHANGED, self.draw_again(base_id, picture)]
         return [*UNCHANGED, ""]
@@ -129,7 +130,7 @@ class Opening:
         refused, _ = Orders(self.site, self.t).pictures(base_id, *vars(form).values())
         return str(refused) or self._about(request, unknown, "")
 
-    def open_png(self, file: str | None) -> list[object]:
+    def open_png(self, file: str | None, base_id: str | None) -> list[object]:
         """The settings in a picture that was dropped; the last value empties the field of files."""
         if not file:
             return [*UNCHANGED, gr.skip(), None]
@@ -138,7 +139,7 @@ class Opening:
         except UserError:
             return [*UNCHANGED, said(self.t("generate.open.none"), bad=True), None]
         request, unknown = self.site.studio.settle(parameters)
-        return [*self.fill(request), self._about(request, unknown, Path(file).name), None]
+        return [*self.fill(request, self._base(base_id)), self._about(request, unknown, Path(file).name), None]
 
     def open_page(self, kept: str, base_id: str | None, text: str, request: gr.Request) -> list[object]:
         """With what the address names, or what the browser kept, or else the settings of the newest picture.
@@ -162,7 +163,7 @@ class Opening:
             text = str(fields.get("prompt", text))
         elif adapter is None and newest is not None and newest.parameters is not None:
             settled, _ = studio.settle(newest.parameters)
-            values, text = self.fill(settled), settled.prompt
+            values, text = self.fill(settled, base), settled.prompt
             values[NUM_FIELDS - 1] = gr.skip()  # whether seeds are random stays as it was
         if adapter is not None:
             words = [adapter.facts.trigger] if adapter.facts.trigger else []
@@ -179,6 +180,12 @@ class Opening:
         values = [kept.get(field.name, gr.skip()) for field in fields_of(Fields)]
         size = self._size_list(base, (kept.get("width"), kept.get("height"))) if base else gr.skip()
         return [*values, gr.skip(), size]
+
+    def _base(self, id: str | None) -> Base | None:
+        try:
+            return find_base(self.site.places, id) if id else None
+        except UserError:
+            return None
 
     def _size_list(self, base: Base, size: tuple[object, object]) -> gr.Dropdown:
         value = f"{size[0]}x{size[1]}" if size in base.sizes else ""
