@@ -218,7 +218,7 @@ def main() -> None:
         "pictures": options.pictures,
         "rounds": options.rounds,
         "trainers": records,
-        "ratios": ratios(records, options.steps),
+        "ratios": ratios(records, tuple(options.steps)),
     }
     if options.parity:
         result["parity"] = check_parity(task, PARITY_STEPS[options.base], options.threads)

@@ -40,11 +40,11 @@ def pack_convolutions(root: nn.Module, track: Track = silent, *, needs_gradients
             module.__class__ = PointwiseConv2d
     layers = {path: module for path, module in root.named_modules() if _can_be_packed(module)}
     room = _room(*(layer.weight for layer in layers.values())) if needs_gradients and layers else None
-    num_packed = len(layers)
-    for path in track([*layers], "packing convolutions"):
+    paths = [*layers]
+    for path in track(paths, "packing convolutions"):
         root.set_submodule(path, PackedConv2d(layers.pop(path), needs_gradients=needs_gradients, room=room))
         trim_heap()
-    return num_packed
+    return len(paths)
 
 
 def has_fast_bf16() -> bool:
