@@ -122,8 +122,9 @@ class RunConfig(Section):
     loader_workers: int = Field(default=0, ge=0, le=64)
     """Processes that prepare batches ahead. 0: the training process does it, enough while latents are cached."""
     cuda_graph: bool = True
-    """On one NVIDIA card, launch each step as a whole in place of some thousand operations, which is faster. Left out
-    by itself where a step cannot be: fp16, dropout, `max_norm`, text encoder training, adamw8bit."""
+    """Launch each step as a whole in place of some thousand operations, which is faster: as a CUDA graph on one NVIDIA
+    card, as a recording on a CPU. Left out by itself where a step cannot be: fp16, dropout, `max_norm`, text encoder
+    training, adamw8bit, several processes."""
 
 
 class ModelConfig(Section):

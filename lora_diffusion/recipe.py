@@ -245,18 +245,14 @@ def _plan(config: TrainConfig, steps: int, accelerator: Accelerator) -> Plan:
 
 
 def _launch(config: TrainConfig, accelerator: Accelerator) -> Launch:
-    """Whole steps as CUDA graphs where nothing in a step needs the host: no draws, no branches on values.
+    """Whole steps where nothing in a step needs the host: no draws, no branches on values.
 
-    On a CPU in bfloat16 steps of the same kind without graphs: for them factors are cast at once and computed together.
+    On a CPU in bfloat16 steps are of the same kind without that, too: factors are cast at once and computed together.
     """
     device = accelerator.device.type
-    if device == "cuda":
-        launch = "graph" if config.run.cuda_graph else "eager"
-    else:
-        is_narrow = resolve_precision(config.run.precision, accelerator.device) == torch.bfloat16
-        launch = "quiet" if device == "cpu" and is_narrow else "eager"
-    if launch == "eager":
-        return launch
+    is_narrow_on_cpu = device == "cpu" and _is_bf16(config, accelerator)
+    if device not in ("cpu", "cuda") or not (config.run.cuda_graph or is_narrow_on_cpu):
+        return "eager"
     adapter = config.adapter
     obstacles = {
         "several processes": accelerator.num_processes > 1,
@@ -267,10 +263,16 @@ def _launch(config: TrainConfig, accelerator: Accelerator) -> Launch:
         f'optimizer.name = "{config.optimizer.name}"': config.optimizer.name != "adamw",
     }
     if found := [name for name, is_there in obstacles.items() if is_there]:
-        if launch == "graph":
-            logger.info("Steps are launched one operation at a time, without CUDA graphs: %s.", ", ".join(found))
+        if config.run.cuda_graph:
+            logger.info("Steps are launched one operation at a time, not as a whole: %s.", ", ".join(found))
         return "eager"
-    return launch
+    # What inductor made for a CPU is no operation of the dispatcher, and so no recording would have it.
+    is_whole = config.run.cuda_graph and not (device == "cpu" and config.model.compile)
+    return "graph" if is_whole else "quiet"
+
+
+def _is_bf16(config: TrainConfig, accelerator: Accelerator) -> bool:
+    return resolve_precision(config.run.precision, accelerator.device) == torch.bfloat16
 
 
 def make_previewer(config: TrainConfig, run: RunFolder, model: DiffusionModel) -> Previewer:

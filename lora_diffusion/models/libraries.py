@@ -7,13 +7,13 @@ that waits until someone uses it; then everything is there, and is the same.
 from __future__ import annotations
 
 import functools
-import gc
 import importlib
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
+from lora_diffusion.models.heap import uncollected
 from lora_diffusion.models.stand_ins import call_later, put_off, true_module
 
 _LOG = logging.getLogger(__name__)
@@ -54,20 +54,8 @@ def without_extras() -> AbstractContextManager[None]:
     return put_off(_PUT_OFF, ())
 
 
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without looking for garbage: imports make hundreds of thousands of objects that stay. It saves half a second."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
 try:
-    with _uncollected(), put_off(_PUT_OFF, _LAZY_PACKAGES):
+    with uncollected(), put_off(_PUT_OFF, _LAZY_PACKAGES):
         importlib.import_module("diffusers.models.autoencoders.autoencoder_kl")
         importlib.import_module("diffusers.models.unets.unet_2d_condition")
         importlib.import_module("transformers.models.clip.modeling_clip")

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Launch = Literal["eager", "quiet", "graph"]
-"""How steps reach the device: operation by operation, each value waited for; without waiting; as one CUDA graph."""
+"""How steps reach the device: operation by operation, each value waited for; without waiting; as a whole, which is one
+CUDA graph or on a CPU a recording."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The optimiser step of GPUs, and of CPUs in bfloat16: all of it on the device, launched without waiting for any value.
+"""The optimiser step without a look at any value: so it can be launched as a whole, on a GPU and on a CPU.
 
 It computes what `Trainer` computes eagerly, for one training or for several that share the base. Values for the log
 arrive some steps late; a loss that is not finite is noticed as late, but has changed nothing (see `QuietUpdate`).
@@ -20,6 +20,7 @@ from lora_diffusion.models.base import Conditioning
 from lora_diffusion.training.batches import Batch
 from lora_diffusion.training.graph import StepGraphs
 from lora_diffusion.training.prefetch import Copier, Prefetcher
+from lora_diffusion.training.recording import StepRecordings
 from lora_diffusion.training.shares import Share, joint_losses, of_equal_shapes
 from lora_diffusion.training.step import DenoisingLoss
 from lora_diffusion.training.update import QuietUpdate
@@ -93,7 +94,8 @@ class QuietStep:
     ) -> None:
         """members: by number in `layout`. device: where their parameters are.
 
-        as_graph: replay CUDA graphs, one per shape of the inputs; False launches every operation.
+        as_graph: replay CUDA graphs, one per shape of the inputs, or recordings on a CPU; False launches every
+        operation.
         """
         self._members = members
         self._layout = layout
@@ -106,9 +108,14 @@ class QuietStep:
         """A step of the members whose inputs are given, see `inputs_of` and `inputs_of_texts`. Others may have left."""
         if self._as_graph and self._present != inputs.keys():
             # Every graph has a part of each member in it: when one has left, none is of use any more.
-            torch.cuda.synchronize(self._device)
-            self._present, self._run = set(inputs), StepGraphs(self._step, self._device)
+            self._present, self._run = set(inputs), self._wholes()
         self._run({f"{number}.{name}": tensor for number, own in inputs.items() for name, tensor in own.items()})
+
+    def _wholes(self) -> Callable[[Mapping[str, Tensor]], None]:
+        if self._device.type == "cpu":
+            return StepRecordings(self._step)
+        torch.cuda.synchronize(self._device)
+        return StepGraphs(self._step, self._device)
 
     def _step(self, inputs: Mapping[str, Tensor]) -> None:
         by_index: dict[int, list[Share]] = {}

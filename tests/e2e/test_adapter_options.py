@@ -59,14 +59,14 @@ def live_tensors(trainer: Trainer, start: str) -> dict[str, Tensor]:
 
 def train_until(trainer: Trainer, step: int) -> None:
     """Ask for a stop as soon as `step` is done, as a signal would."""
-    end_step = trainer.end_step
+    do_what_is_due = trainer.do_what_is_due
 
-    def stop_when_due(*arguments: Any) -> None:
-        end_step(*arguments)
+    def stop_when_due() -> None:
+        do_what_is_due()
         if trainer.step == step:
             trainer.stop.reason = "test"
 
-    trainer.end_step = stop_when_due
+    trainer.do_what_is_due = stop_when_due
     trainer.fit()
     assert trainer.step == step
 

@@ -6,16 +6,16 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from lora_diffusion.errors import RunError
 from lora_diffusion.runs import RunFolder
-from lora_diffusion.training.batches import Batch
 from lora_diffusion.training.checkpoint import checkpoint_folders
-from lora_diffusion.training.joint import JointTrainer
 from lora_diffusion.training.plan import Launch
+from lora_diffusion.training.shares import joint_losses
 from lora_diffusion.training.trainer import Trainer
 from tests.sweeps import make_config, members_of, train_together
 from tests.training_runs import draw_pictures, prepare, tensor_hash, write_config
@@ -45,7 +45,7 @@ def fail_at_call(number: int) -> Callable[..., None]:
     return hook
 
 
-@pytest.mark.parametrize("launch", ["eager", "quiet"])
+@pytest.mark.parametrize("launch", ["eager", "quiet", "graph"])
 def test_a_resume_after_it_ends_as_a_run_without_it(
     tiny_sd1: Path, tmp_path: Path, launch: Launch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -74,18 +74,21 @@ def test_the_error_is_told_where_the_steps_before_cannot_be_saved(
     assert "what was learned before cannot be saved" in caplog.text
 
 
+@pytest.mark.parametrize(("as_a_whole", "module"), [(True, "quiet_step"), (False, "joint")])
 def test_in_a_sweep_every_member_keeps_its_steps(
-    tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_a_whole: bool, module: str
 ) -> None:
-    backward = JointTrainer._backward
+    num_calls = 0
 
-    def failing(trainer: JointTrainer, group: list, index: int) -> list[torch.Tensor]:
-        if trainer.members[0].step == 2:
+    def failing(group: list) -> list[torch.Tensor]:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 3:
             raise torch.OutOfMemoryError
-        return backward(trainer, group, index)
+        return joint_losses(group)
 
-    monkeypatch.setattr(JointTrainer, "_backward", failing)
-    members = members_of(make_config(tmp_path, tiny_sd1), "run.seed=1,2")
+    monkeypatch.setattr(f"lora_diffusion.training.{module}.joint_losses", failing)
+    members = members_of(make_config(tmp_path, tiny_sd1, run={"cuda_graph": as_a_whole}), "run.seed=1,2")
     with pytest.raises(RunError, match="Out of memory"):
         train_together(members, tmp_path / "sweep")
 
@@ -94,18 +97,20 @@ def test_in_a_sweep_every_member_keeps_its_steps(
     assert [[path.name for path in checkpoint_folders(run.checkpoints)] for run in runs] == [["000002"]] * 2
 
 
+@pytest.mark.parametrize(("as_a_whole", "drawing"), [(True, "next_inputs"), (False, "next_micro_batches")])
 def test_a_member_of_a_sweep_whose_pictures_are_gone_keeps_its_steps(
-    tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_a_whole: bool, drawing: str
 ) -> None:
-    drawn = Trainer.next_micro_batches
+    draw = getattr(Trainer, drawing)
 
-    def failing(trainer: Trainer) -> list[Batch]:
+    def failing(trainer: Trainer) -> Any:
         if trainer.name == "test-seed2" and trainer.step == 2:
             raise OSError("the disk is gone")
-        return drawn(trainer)
+        return draw(trainer)
 
-    monkeypatch.setattr(Trainer, "next_micro_batches", failing)
-    members = members_of(make_config(tmp_path, tiny_sd1, run={"steps": 3}), "run.seed=1,2")
+    monkeypatch.setattr(Trainer, drawing, failing)
+    run = {"steps": 3, "cuda_graph": as_a_whole}
+    members = members_of(make_config(tmp_path, tiny_sd1, run=run), "run.seed=1,2")
     with pytest.raises(RunError, match=r"(?s)1 of 2 runs.*test-seed2: the disk is gone"):
         train_together(members, tmp_path / "sweep")
 

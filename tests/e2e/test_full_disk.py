@@ -31,25 +31,23 @@ def test_training_goes_on_while_state_and_metrics_cannot_be_written(
         return adapter
 
     whole = train("whole")
-    step = 0
-    update, beat, write = Trainer.update, RunFolder.beat, MetricsFile.write
+    trainers: list[Trainer] = []
+    begin, beat, write = Trainer.begin, RunFolder.beat, MetricsFile.write
 
-    def updated(trainer: Trainer, *arguments: object) -> dict[str, float]:
-        nonlocal step
-        values = update(trainer, *arguments)
-        step = trainer.step
-        return values
+    def begun(trainer: Trainer) -> None:
+        trainers.append(trainer)
+        begin(trainer)
 
     def on_full_disk(call):
         def called(*arguments: object) -> None:
-            if step in (2, 3, 4):
+            if trainers and trainers[0].step in (2, 3, 4):
                 raise OSError(errno.ENOSPC, "No space left on device")
             call(*arguments)
 
         return called
 
     monkeypatch.setattr("lora_diffusion.training.trainer._HEARTBEAT_EVERY_S", 0.0)
-    monkeypatch.setattr(Trainer, "update", updated)
+    monkeypatch.setattr(Trainer, "begin", begun)
     monkeypatch.setattr(RunFolder, "beat", on_full_disk(beat))
     monkeypatch.setattr(MetricsFile, "write", on_full_disk(write))
     adapter = train("full")

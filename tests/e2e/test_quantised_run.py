@@ -64,13 +64,13 @@ def test_stopped_and_resumed_run_gives_the_same_adapter(tiny_sd1: Path, tmp_path
     config = write_config(tmp_path / "parts.toml", tiny_sd1, pictures, model=model)
     first = prepare(config)
     assert _quantised(first)
-    end_step = first.end_step
+    do_what_is_due = first.do_what_is_due
 
-    def stop_after_three(*arguments) -> None:
-        end_step(*arguments)
+    def stop_after_three() -> None:
+        do_what_is_due()
         first.stop.reason = "test" if first.step == 3 else None
 
-    first.end_step = stop_after_three
+    first.do_what_is_due = stop_after_three
     first.fit()
     assert first.step == 3
     assert tensor_hash(prepare(config, resume=True).fit()) == expected

@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from lora_diffusion.adapters.together import Together
+from lora_diffusion.config import TrainConfig
 from lora_diffusion.errors import RunError
+from lora_diffusion.recipe import _launch, make_accelerator
 from lora_diffusion.training.plan import Launch
 from lora_diffusion.training.trainer import Trainer
 from tests.training_runs import draw_pictures, prepare, write_config
@@ -76,20 +78,24 @@ def test_it_resumes_bit_for_bit_and_from_a_waiting_run(tiny_sd1: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("precision", "adapter", "launch"),
+    ("precision", "sections", "launch"),
     [
-        ("bf16", {}, "quiet"),
-        ("bf16", {"dropout": 0.1}, "eager"),
-        ("bf16", {"max_norm": 1.0}, "eager"),
-        ("fp32", {}, "eager"),
+        ("bf16", {}, "graph"),
+        ("fp32", {}, "graph"),
+        ("bf16", {"run": {"cuda_graph": False}}, "quiet"),
+        ("fp32", {"run": {"cuda_graph": False}}, "eager"),
+        ("fp32", {"model": {"compile": True}}, "quiet"),
+        ("bf16", {"adapter": {"dropout": 0.1}}, "eager"),
+        ("bf16", {"adapter": {"max_norm": 1.0}}, "eager"),
+        ("fp32", {"optimizer": {"name": "adamw8bit"}}, "eager"),
     ],
 )
-def test_on_a_cpu_it_is_for_bfloat16_where_no_step_needs_the_host(
-    tiny_sd1: Path, tmp_path: Path, precision: str, adapter: dict[str, Any], launch: Launch
+def test_on_a_cpu_steps_are_launched_as_a_whole_where_none_needs_the_host(
+    tmp_path: Path, precision: str, sections: dict[str, dict[str, Any]], launch: Launch
 ) -> None:
-    sections = {"run": {"steps": 8, "precision": precision}, "adapter": adapter}
-    config = write_config(tmp_path / "run.toml", tiny_sd1, draw_pictures(tmp_path / "pictures"), **sections)
-    assert prepare(config).plan.launch == launch
+    sections = sections | {"run": sections.get("run", {}) | {"precision": precision}}
+    config = TrainConfig.load(write_config(tmp_path / "run.toml", tmp_path, tmp_path, **sections))
+    assert _launch(config, make_accelerator(config)) == launch
 
 
 def test_in_bfloat16_projections_of_one_input_are_computed_together_and_a_resume_is_exact(

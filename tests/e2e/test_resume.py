@@ -67,14 +67,14 @@ def test_run_stopped_at_any_steps_gives_the_same_adapter(
 
 def _train_until(trainer, step: int) -> None:
     """Ask for a stop as soon as `step` is done, as a signal would."""
-    end_step = trainer.end_step
+    do_what_is_due = trainer.do_what_is_due
 
-    def stop_when_due(*arguments) -> None:
-        end_step(*arguments)
+    def stop_when_due() -> None:
+        do_what_is_due()
         if trainer.step == step:
             trainer.stop.reason = "test"
 
-    trainer.end_step = stop_when_due
+    trainer.do_what_is_due = stop_when_due
     trainer.fit()
     assert trainer.step == step
 

@@ -119,14 +119,14 @@ def test_members_on_a_quantised_base(tiny_sd1: Path, tmp_path: Path) -> None:
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, steps: dict[str, int]) -> None:
     """Ask members to stop through their control files as soon as they are at a step."""
-    end_step = Trainer.end_step
+    do_what_is_due = Trainer.do_what_is_due
 
-    def asked(trainer: Trainer, values: dict[str, float], seconds: float) -> None:
+    def asked(trainer: Trainer) -> None:
         if trainer.step == steps.get(trainer.name):
             trainer.run.ask("stop")
-        end_step(trainer, values, seconds)
+        do_what_is_due(trainer)
 
-    monkeypatch.setattr(Trainer, "end_step", asked)
+    monkeypatch.setattr(Trainer, "do_what_is_due", asked)
 
 
 def test_a_member_that_is_stopped_leaves_and_the_sweep_is_resumed_to_the_same_end(
@@ -169,7 +169,7 @@ def test_a_resumed_sweep_ends_bit_for_bit_as_one_that_was_not_interrupted(
 def test_a_loss_that_is_not_finite_ends_its_member_only(
     tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make_config(tmp_path, tiny_sd1)
+    config = make_config(tmp_path, tiny_sd1, run={"cuda_graph": False})  # launched as a whole: test_quiet_sweep
     members = members_of(config, "run.seed=1,2,3")
     drawn = Trainer.next_micro_batches
 
@@ -249,16 +249,17 @@ def test_a_folder_that_is_in_use_stops_the_sweep_before_any_folder_is_touched(ti
     assert not RunFolder(members[0].config.run.output).state_file.exists()
 
 
+@pytest.mark.parametrize(("as_a_whole", "module"), [(True, "quiet_step"), (False, "joint")])
 def test_running_out_of_memory_is_told_to_every_member_and_with_what_to_do(
-    tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_a_whole: bool, module: str
 ) -> None:
-    config = make_config(tmp_path, tiny_sd1)
+    config = make_config(tmp_path, tiny_sd1, run={"cuda_graph": as_a_whole})
     members = members_of(config, "run.seed=1,2")
 
     def fail(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("lora_diffusion.training.joint.joint_losses", fail)
+    monkeypatch.setattr(f"lora_diffusion.training.{module}.joint_losses", fail)
     with pytest.raises(RunError, match=r"gradient_checkpointing = true.* fewer runs into the sweep"):
         train_together(members, tmp_path / "sweep")
 

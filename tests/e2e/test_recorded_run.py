@@ -1,0 +1,78 @@
+"""Recorded steps give bit for bit what the operations give when modules and autograd call them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lora_diffusion.training.recording import StepRecordings
+from tests.e2e.test_quiet_run import make_trainer, metrics_of
+from tests.tiny import make_tiny_sd2, make_tiny_sdxl
+
+RUN = {"steps": 16, "batch_size": 2}
+
+
+@pytest.fixture
+def recordings(monkeypatch: pytest.MonkeyPatch) -> list[StepRecordings]:
+    """All that are made."""
+    made: list[StepRecordings] = []
+    init = StepRecordings.__init__
+
+    def watched(own: StepRecordings, *arguments: Any) -> None:
+        made.append(own)
+        init(own, *arguments)
+
+    monkeypatch.setattr(StepRecordings, "__init__", watched)
+    return made
+
+
+CASES: dict[str, dict[str, dict[str, Any]]] = {
+    "fp32": {},
+    "bf16": {"run": {"precision": "bf16"}, "adapter": {"targets": "attention-mlp", "rank": 8}},
+    "full": {"run": {"precision": "bf16"}, "adapter": {"targets": "full"}},
+    "LoHa": {"adapter": {"kind": "loha"}},
+    "LoKr": {"adapter": {"kind": "lokr"}},
+    "DoRA": {"run": {"precision": "bf16"}, "adapter": {"kind": "dora"}},
+    "PiSSA": {"adapter": {"init": "pissa"}},
+    "accumulation": {"run": {"gradient_accumulation": 2, "steps": 16}},
+    "checkpointing": {"run": {"precision": "bf16"}, "model": {"gradient_checkpointing": True}},
+    "nf4": {"model": {"quantise": "nf4"}},
+    "int8": {"model": {"quantise": "int8"}, "run": {"precision": "bf16"}},
+    "loss": {"loss": {"kind": "huber", "min_snr_gamma": 5.0, "noise_offset": 0.1}},
+    "plain attention": {"model": {"attention": "eager"}},
+    "previews and validation between": {
+        "preview": {"every": 4, "prompts": ["a red cat"], "steps": 2},
+        "validation": {"every": 3, "fraction": 0.2},
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_recorded_run_is_the_same_bit_for_bit(
+    tiny_sd1: Path, tmp_path: Path, case: str, recordings: list[StepRecordings]
+) -> None:
+    sections = CASES[case] | {"run": RUN | CASES[case].get("run", {})}
+    compare(tiny_sd1, tmp_path, sections)
+    assert len(recordings) == 1 and recordings[0].num_recordings >= 1
+
+
+@pytest.mark.parametrize("make", [make_tiny_sd2, make_tiny_sdxl])
+def test_so_it_is_for_every_family(tmp_path: Path, make: Any, recordings: list[StepRecordings]) -> None:
+    base = tmp_path / "base"
+    make(base)
+    compare(base, tmp_path, {"run": RUN | {"precision": "bf16"}})
+    assert recordings[0].num_recordings >= 1
+
+
+def compare(base: Path, folder: Path, sections: Any) -> None:
+    made = {}
+    for launch in ("quiet", "graph"):
+        trainer = make_trainer(folder / launch, base, launch, sections)
+        made[launch] = load_file(trainer.fit())
+    assert made["quiet"].keys() == made["graph"].keys()
+    assert all(torch.equal(made["quiet"][name], made["graph"][name]) for name in made["quiet"])
+    assert metrics_of(folder / "quiet") == metrics_of(folder / "graph")
