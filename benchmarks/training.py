@@ -178,7 +178,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--size", type=int, help="pixels; else 256 for sd15, 128 for reduced, 1024 for sdxl")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--steps", type=int, nargs=2, default=(2, 50), metavar=("FEW", "MANY"))
+    parser.add_argument("--steps", type=int, nargs=2, default=(5, 50), metavar=("FEW", "MANY"))
     parser.add_argument("--pictures", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--no-parity", dest="parity", action="store_false", help="no comparison with the plain path")

@@ -9,7 +9,7 @@ import typer
 
 from lora_diffusion import cli_captions, cli_files, cli_import, cli_merge, cli_queue, cli_serve, cli_sweep, cli_ui
 from lora_diffusion.cli_base import DebugOption, app, errors_as_messages
-from lora_diffusion.launch import end_quickly, spin_briefly
+from lora_diffusion.launch import end_quickly, lasting_imports, spin_briefly
 from lora_diffusion.progress import bar, silent
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ def train(
         from lora_diffusion.config import TrainConfig
 
         settings = TrainConfig.load(config, overrides or ())  # before torch: a typo is told within a second
-        from lora_diffusion.training_run import run_training
+        with lasting_imports():
+            from lora_diffusion.training_run import run_training
 
         run_training(settings, resume=resume)
 
@@ -66,7 +67,8 @@ def check(
         from lora_diffusion.config import TrainConfig
 
         settings = TrainConfig.load(config, overrides or ())
-        from lora_diffusion.check import check_run, render_report
+        with lasting_imports():
+            from lora_diffusion.check import check_run, render_report
 
         report = check_run(settings, track=silent if as_json else bar)
         if as_json:
@@ -103,7 +105,8 @@ def generate(
         from lora_diffusion.tools.outputs import check_output_folder
 
         check_output_folder(out)
-        from lora_diffusion.generation.request_line import parse_size, write_pictures
+        with lasting_imports():
+            from lora_diffusion.generation.request_line import parse_size, write_pictures
 
         adapters = dict(parse_adapter(text) for text in adapter or ())
         picture_size = parse_size(size) if size else None

@@ -9,6 +9,7 @@ import typer
 
 from lora_diffusion.cli_base import DebugOption, app, errors_as_messages
 from lora_diffusion.errors import UserError
+from lora_diffusion.launch import lasting_imports
 
 
 @app.command()
@@ -47,6 +48,7 @@ def sweep(
 
         comparison = out or output.with_name(f"{output.name}-sweep")
         check_output_folder(comparison)
-        from lora_diffusion.sweep_run import run_sweep
+        with lasting_imports():
+            from lora_diffusion.sweep_run import run_sweep
 
         run_sweep(members, comparison, resume=resume)

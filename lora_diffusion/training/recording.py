@@ -279,7 +279,7 @@ class _Replay:
         made = {place for _, _, place in self._made}
         read_later: set[int] = set()
         for function, places, place in reversed(self._made):
-            ended = {place, *places} & made - read_later
+            ended = ({place, *places} & made) - read_later
             operations.append(_Operation(function, _getter(places), place, tuple(ended)))
             read_later |= ended
         return operations[::-1]

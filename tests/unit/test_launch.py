@@ -104,3 +104,26 @@ def test_a_process_ends_without_looking_through_its_objects() -> None:
     )
 
     assert int(process.stdout) > 5000
+
+
+def test_what_imports_make_is_never_looked_through_and_later_garbage_still_is() -> None:
+    code = (
+        "import gc, weakref; from lora_diffusion.launch import lasting_imports\n"
+        "seen = []; gc.callbacks.append(lambda phase, info: seen.append(phase))\n"
+        "with lasting_imports(): made = [[] for _ in range(100_000)]\n"
+        "print(len(seen), gc.get_freeze_count() > 100_000, gc.isenabled(), len(gc.get_objects()) < 1000)\n"
+        "class Cycle: pass\n"
+        "cycle = Cycle(); cycle.own = cycle; known = weakref.ref(cycle); del cycle; gc.collect()\n"
+        "count = gc.get_freeze_count()\n"
+        "with lasting_imports(): more = [[] for _ in range(100)]\n"
+        "print(known(), gc.get_freeze_count() - count)"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+
+    assert process.stdout.split() == ["0", "True", "True", "True", "None", "0"]
