@@ -27,7 +27,14 @@ from lora_diffusion.runs import RunFolder, RunState
 from lora_diffusion.sweep_pictures import draw_contact_sheet, draw_losses
 from lora_diffusion.training.joint import JointTrainer
 from lora_diffusion.training.trainer import Trainer
-from lora_diffusion.training_run import before_first_step, begin_recorded, end_untrained, leave_behind, recorded
+from lora_diffusion.training_run import (
+    before_first_step,
+    begin_recorded,
+    compiler_if_wanted,
+    end_untrained,
+    leave_behind,
+    recorded,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +88,8 @@ def run_sweep(members: Sequence[Member], folder: Path, *, resume: bool) -> None:
     start anew. Raises UserError before anything is trained if a member cannot be; RunError at the end if some failed.
     """
     check_together(members)
-    if make_accelerator(members[0].config).num_processes > 1:
+    accelerator = make_accelerator(members[0].config)
+    if accelerator.num_processes > 1:
         raise UserError("A sweep trains in one process, and several were started. Use lora-diffusion sweep by itself.")
     runs = _wanted(members, resume=resume)
     with ExitStack() as locks, _named_on_terminal():
@@ -90,7 +98,8 @@ def run_sweep(members: Sequence[Member], folder: Path, *, resume: bool) -> None:
                 locks.enter_context(run.folder.lock())
                 run.folder.check_start(resume=run.resumes)
         if runs:
-            _train(runs)
+            with compiler_if_wanted(members[0].config, accelerator):
+                _train(runs)
     draw_contact_sheet(members, folder)
     draw_losses(members, folder)
     if failed := [run for run in runs if run.error is not None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import psutil
@@ -18,6 +18,7 @@ from lora_diffusion.files import write_text_atomically
 from lora_diffusion.generation.plots import loss_plot
 from lora_diffusion.jobs.device_lock import NoLongerWanted, shared_device
 from lora_diffusion.jobs.record import log_file, recorded_end
+from lora_diffusion.models.libraries import without_compiler
 from lora_diffusion.progress import bar, silent
 from lora_diffusion.recipe import build, make_accelerator
 from lora_diffusion.runs import RunFolder
@@ -46,6 +47,7 @@ def run_training(config: TrainConfig, *, resume: bool) -> Path | None:
     if not is_main:
         logging.getLogger("lora_diffusion").setLevel(logging.ERROR)
     with (
+        compiler_if_wanted(config, accelerator),
         run.lock() if is_main else nullcontext(),
         recorded(config, run, resume=resume, num_processes=accelerator.num_processes) if is_main else nullcontext(),
     ):
@@ -61,6 +63,12 @@ def run_training(config: TrainConfig, *, resume: bool) -> Path | None:
             if is_main:
                 end_untrained(run)
             return None
+
+
+def compiler_if_wanted(config: TrainConfig, accelerator: Accelerator) -> AbstractContextManager[None]:
+    """Around a training: torch's compiler is imported for `model.compile` only, and for what several processes do."""
+    is_wanted = config.model.compile or accelerator.num_processes > 1
+    return nullcontext() if is_wanted else without_compiler()
 
 
 @contextmanager

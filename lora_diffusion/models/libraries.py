@@ -54,6 +54,14 @@ def without_extras() -> AbstractContextManager[None]:
     return put_off(_PUT_OFF, ())
 
 
+def without_compiler() -> AbstractContextManager[None]:
+    """While this lasts, torch's optimisers do not import its compiler to ask it not to compile them.
+
+    That takes 0.7 s and 25 MB. Whatever else is asked of it imports it.
+    """
+    return put_off({"torch._dynamo": {"disable": lambda function, *_, **__: function, "graph_break": lambda: None}}, ())
+
+
 try:
     with uncollected(), put_off(_PUT_OFF, _LAZY_PACKAGES):
         importlib.import_module("diffusers.models.autoencoders.autoencoder_kl")
