@@ -3,14 +3,10 @@
     python -m benchmarks.many --out benchmarks/results
 
 Per case a base, four LoRA adapters of rank 8 at batch 1, each with its own seed. The base is the shipped one, and with
---unet sd15 its UNet is replaced by one of SD 1.5's architecture with random weights (3.4 GB in float32). Every round
-trains each adapter one step by itself and then all four one step together, so that whatever else the machine does falls
-on both alike. CPU seconds are those of this process; wall clock too, which on a busy machine says less. Medians.
-
-Where users' steps are launched without waiting, as CUDA graphs on a GPU and quietly on a CPU in bfloat16, they are so
-here: first each adapter is trained alone on the base, then all together. A round is 20 steps on a GPU and two on a CPU,
-and the time is that of the wall clock, per step; the first ones, in which kernels are chosen and graphs are captured,
-do not count. SD 1.5 at 512 px, that is with latents of 64 x 64, is
+--unet sd15 its UNet is replaced by one of SD 1.5's architecture with random weights (3.4 GB in float32). First each
+adapter is trained alone on the base, then all together, launched as users' steps are. A round is 20 steps on a GPU and
+two on a CPU, and the time is that of the wall clock, per step, the median of the rounds; the first steps, in which
+kernels are chosen and steps captured or recorded, do not count. SD 1.5 at 512 px, that is with latents of 64 x 64, is
 
     python -m benchmarks.many --unet sd15 --precision bf16 --resolution 256
 """
@@ -21,10 +17,9 @@ import argparse
 import gc
 import json
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import date
 from pathlib import Path
@@ -54,7 +49,7 @@ SD15 = {
     "attention_head_dim": 8,
     "norm_num_groups": 32,
 }  # of the published model's unet/config.json
-STEPS, WARM_UP = {"cuda": 20, "cpu": 2}, {"cuda": 8, "cpu": 2}  # of a round, and before the first
+STEPS, WARM_UP = {"cuda": 20, "cpu": 2}, {"cuda": 8, "cpu": 4}  # of a round, and before the first
 CONFIG = """
 [run]
 name = "bench-{seed}"
@@ -115,26 +110,7 @@ def make_trainers(model: DiffusionModel, configs: list[TrainConfig]) -> tuple[li
     return trainers, layout
 
 
-def measure(trainers: list[Trainer], layout: JointLayout, rounds: int) -> dict[str, object]:
-    """Seconds of a step of each alone, summed, and of all together. The first round, which warms up, does not count."""
-    together = JointTrainer(trainers, layout, lambda _: nullcontext(), lambda *_: None, _refuse)
-    together.begin()
-    rows: list[dict[str, float]] = []
-    for _ in range(rounds + 1):
-        row: dict[str, float] = {}
-        for name, work in (("apart", lambda: _apart(trainers, layout)), ("together", together.train_step)):
-            row |= {f"{name}_{clock}": seconds for clock, seconds in _timed(work)}
-        rows.append(row)
-        print(json.dumps(row), file=sys.stderr, flush=True)
-    medians = {key: statistics.median(row[key] for row in rows[1:]) for key in rows[0]}
-    ratios = {
-        f"ratio_{clock}": statistics.median(row[f"together_{clock}"] / row[f"apart_{clock}"] for row in rows[1:])
-        for clock in ("cpu_s", "wall_s")
-    }
-    return {**medians, **ratios, "rounds": rows[1:]}
-
-
-def measure_in_turn(model: DiffusionModel, configs: list[TrainConfig], rounds: int) -> dict[str, object]:
+def measure(model: DiffusionModel, configs: list[TrainConfig], rounds: int) -> dict[str, object]:
     """Seconds of a step of each alone, summed, and of all together, launched as in `train` and in `sweep`."""
     apart: list[list[float]] = []
     for config in configs:
@@ -179,7 +155,7 @@ def _seconds_per_step(train_step: Callable[[], None], rounds: int) -> list[float
         for _ in range(STEPS[device]):
             train_step()
 
-    return [dict(_timed(take_steps))["wall_s"] / STEPS[device] for _ in range(rounds)]
+    return [_seconds(take_steps) / STEPS[device] for _ in range(rounds)]
 
 
 def _peak_gb() -> float:
@@ -191,21 +167,14 @@ def _peak_gb() -> float:
     return peak
 
 
-def _apart(trainers: list[Trainer], layout: JointLayout) -> None:
-    for number, trainer in enumerate(trainers):
-        with layout.only(number):  # bit for bit the adapter by itself
-            trainer.train_step()
-
-
-def _timed(work: Callable[[], None]) -> Iterator[tuple[str, float]]:
+def _seconds(work: Callable[[], None]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    cpu, wall = time.process_time(), time.perf_counter()
+    started = time.perf_counter()
     work()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    yield "cpu_s", time.process_time() - cpu
-    yield "wall_s", time.perf_counter() - wall
+    return time.perf_counter() - started
 
 
 def main() -> None:
@@ -225,15 +194,11 @@ def main() -> None:
     num_parameters = sum(parameter.numel() for parameter in model.unet.parameters())
     values = {"base": arguments.base, "targets": arguments.targets, "resolution": arguments.resolution}
     values["precision"] = arguments.precision
-    is_launched = torch.cuda.is_available() or arguments.precision == "bf16"
     with tempfile.TemporaryDirectory() as folder:
         configs = [
             TrainConfig.parse(CONFIG.format(seed=seed, folder=folder, **values)) for seed in range(arguments.members)
         ]
-        if is_launched:
-            measured = measure_in_turn(model, configs, arguments.rounds)
-        else:
-            measured = measure(*make_trainers(model, configs), arguments.rounds)
+        measured = measure(model, configs, arguments.rounds)
     result = {
         "date": date.today().isoformat(),
         "hardware": hardware(resolve_device("auto")),
