@@ -1,6 +1,6 @@
 """A whole training step on a CPU as a list of operations: what surrounds them takes its time only once.
 
-A step of SD 1.5 is some 4,000 operations. Modules, custom functions, the graph of autograd, views of views are the same
+A step of SD 1.5 is some 3,000 operations. Modules, custom functions, the graph of autograd, views of views are the same
 at every step and run on one thread while the others wait: a tenth of the time with two threads, a quarter with a small
 base. What CUDA graphs are on a GPU may be had here too, of steps that keep the same rules (see `graph`).
 """
