@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from lora_diffusion.errors import UserError
+from lora_diffusion.models.heap import uncollected
 
 _LOOKS, _BETWEEN_LOOKS_S = 5, 0.01
 
@@ -67,12 +68,9 @@ def lasting_imports() -> Iterator[None]:
     if gc.get_freeze_count():
         yield
         return
-    gc.disable()
-    try:
+    with uncollected():
         yield
-    finally:
         gc.freeze()
-        gc.enable()
 
 
 def end_quickly() -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from lora_diffusion.training.recording import StepRecordings
 from tests.e2e.test_quiet_run import make_trainer, metrics_of
+from tests.sweeps import changed, make_config, members_of, train_together, weights_of
 from tests.tiny import make_tiny_sd2, make_tiny_sdxl
 
 RUN = {"steps": 16, "batch_size": 2}
@@ -66,6 +67,22 @@ def test_so_it_is_for_every_family(tmp_path: Path, make: Any, recordings: list[S
     make(base)
     compare(base, tmp_path, {"run": RUN | {"precision": "bf16"}})
     assert recordings[0].num_recordings >= 1
+
+
+def test_so_it_is_for_a_sweep_also_when_a_member_has_left(
+    tiny_sd1: Path, tmp_path: Path, recordings: list[StepRecordings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(tmp_path, tiny_sd1, run={"steps": 8, "precision": "bf16"}, dataset={"buckets": False})
+    made = {}
+    for launch in ("quiet", "graph"):
+        monkeypatch.setattr("lora_diffusion.recipe._launch", lambda *_, launch=launch: launch)
+        members = members_of(config, "run.seed=1,2,3", overrides=[f"run.output={tmp_path / launch}"])
+        train_together([changed(members[0], "run.steps=4"), *members[1:]], tmp_path / f"{launch}-sweep")
+        made[launch] = [weights_of(member) for member in members]
+
+    for quiet, graph in zip(made["quiet"], made["graph"], strict=True):
+        assert all(torch.equal(quiet[name], graph[name]) for name in quiet)
+    assert len(recordings) == 2 and all(steps.num_recordings >= 1 for steps in recordings)  # of three, and of two
 
 
 def compare(base: Path, folder: Path, sections: Any) -> None:

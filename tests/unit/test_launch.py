@@ -90,20 +90,23 @@ def test_cores_are_wanted_if_others_need_more_than_is_left(
     assert launch.cores_are_wanted() is are_wanted
 
 
-def test_a_process_ends_without_looking_through_its_objects() -> None:
-    code = (
-        "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count()))\n"  # runs last
-        "from lora_diffusion.launch import end_quickly; end_quickly(); objects = [[] for _ in range(5000)]"
-    )
-    process = subprocess.run(
+def output_of(code: str) -> str:
+    """What a new process prints."""
+    return subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
-    )
+    ).stdout
 
-    assert int(process.stdout) > 5000
+
+def test_a_process_ends_without_looking_through_its_objects() -> None:
+    code = (
+        "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count()))\n"  # runs last
+        "from lora_diffusion.launch import end_quickly; end_quickly(); objects = [[] for _ in range(5000)]"
+    )
+    assert int(output_of(code)) > 5000
 
 
 def test_what_imports_make_is_never_looked_through_and_later_garbage_still_is() -> None:
@@ -118,12 +121,4 @@ def test_what_imports_make_is_never_looked_through_and_later_garbage_still_is() 
         "with lasting_imports(): more = [[] for _ in range(100)]\n"
         "print(known(), gc.get_freeze_count() - count)"
     )
-    process = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-
-    assert process.stdout.split() == ["0", "True", "True", "True", "None", "0"]
+    assert output_of(code).split() == ["0", "True", "True", "True", "None", "0"]
