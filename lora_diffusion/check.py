@@ -17,7 +17,7 @@ from lora_diffusion.models.base import Conditioning, DiffusionModel
 from lora_diffusion.models.compiling import check_compiler
 from lora_diffusion.models.precision import resolve_device, resolve_precision
 from lora_diffusion.progress import Track, silent
-from lora_diffusion.recipe import make_previewer, run_steps
+from lora_diffusion.recipe import make_previewer, run_steps, step_as_launched
 from lora_diffusion.recipe_base import load_base, prepare_model
 from lora_diffusion.recipe_data import TrainingSet, latent_batch_size, read_training_set, token_counts
 from lora_diffusion.runs import RunFolder
@@ -92,7 +92,12 @@ def check_run(config: TrainConfig, track: Track = silent) -> CheckReport:
     prepared = prepare_model(config, model, data.pixels_at_once(model, config.run.batch_size), track)
     adapters = [adapter for group in prepared.values() for adapter in group.values()]
     step = estimate_step(
-        model, data.largest, config.run.batch_size, encode=text, accumulation=config.run.gradient_accumulation
+        model,
+        data.largest,
+        config.run.batch_size,
+        encode=text,
+        accumulation=config.run.gradient_accumulation,
+        launch=step_as_launched(config, model, prepared, device),
     )
     steps_per_epoch = data.batches.batches_per_epoch / config.run.gradient_accumulation
     return CheckReport(
@@ -135,7 +140,7 @@ def _encoder(config: TrainConfig, model: DiffusionModel) -> Callable[[], Conditi
     if config.adapter.text_encoder:
         return encode
     with torch.no_grad():
-        text = encode()
+        text = encode().to(dtype=torch.float32)  # as the cache has it
     return lambda: text
 
 

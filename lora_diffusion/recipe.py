@@ -18,6 +18,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from pydantic import ValidationError
 
 from lora_diffusion import __version__
+from lora_diffusion.adapters.joint import JointLayout
 from lora_diffusion.config import TrainConfig
 from lora_diffusion.data.cache import LatentCache, TextCache
 from lora_diffusion.data.folder import write_report
@@ -45,6 +46,7 @@ from lora_diffusion.training.export import Exporter
 from lora_diffusion.training.optimizers import build_optimizer, check_optimizer, learning_rate_curve
 from lora_diffusion.training.plan import Launch, Plan
 from lora_diffusion.training.previews import Previewer
+from lora_diffusion.training.quiet_step import QuietMember, QuietStep
 from lora_diffusion.training.regularise import Regulariser
 from lora_diffusion.training.resume import resume_from_newest
 from lora_diffusion.training.step import DenoisingLoss, cached_text, train_only_adapters
@@ -123,20 +125,9 @@ def _assemble(
     adapters: Adapters,
     previewer: Previewer,
 ) -> Trainer:
-    groups = parameter_groups(config, adapters)
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    train_only_adapters(model, parameters)
-    model.schedule = model.schedule.to(accelerator.device)
+    loss, optimizer, parameters = _what_learns(config, model, adapters, accelerator.device)
     steps = run_steps(config, data)
     started_at = time.time()
-    loss = DenoisingLoss(
-        model,
-        loss=config.loss.kind,
-        weighting="min-snr" if config.loss.min_snr_gamma else "none",
-        gamma=config.loss.min_snr_gamma or 0.0,
-        clip_skip=config.model.clip_skip,
-        chunks=config.model.max_tokens // 75,
-    )
     text_cache = None if config.adapter.text_encoder else text
 
     def encode(captions: Sequence[str]) -> Conditioning:
@@ -161,7 +152,7 @@ def _assemble(
         source=_batch_source(config, model, data, latents, accelerator),
         text=text_cache,
         parameters=parameters,
-        optimizer=_optimizer(config, groups),
+        optimizer=optimizer,
         learning_rate_curve=learning_rate_curve(
             config.schedule.name,
             warmup_steps=config.schedule.warmup_steps,
@@ -183,6 +174,42 @@ def _assemble(
         },
         name=config.run.name,
     )
+
+
+def step_as_launched(
+    config: TrainConfig, model: DiffusionModel, adapters: Adapters, device: torch.device
+) -> QuietStep | None:
+    """One step of a run of one process, as that launches it; None where it launches operations one by one."""
+    launch = launch_of(config, device, num_processes=1)
+    if launch == "eager":
+        return None
+    loss, optimizer, parameters = _what_learns(config, model, adapters, device)
+    modules = [adapter for by_path in adapters.values() for adapter in by_path.values()]
+    member = QuietMember(loss, modules, optimizer, parameters, config.optimizer.max_grad_norm)
+    return QuietStep({0: member}, JointLayout(), device, as_graph=launch == "graph")
+
+
+def _what_learns(
+    config: TrainConfig, model: DiffusionModel, adapters: Adapters, device: torch.device
+) -> tuple[DenoisingLoss, torch.optim.Optimizer, list[torch.nn.Parameter]]:
+    """(the loss of `model` on `device`, the optimiser, all that it changes); everything else is frozen."""
+    groups = parameter_groups(config, adapters)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    train_only_adapters(model, parameters)
+    model.schedule = model.schedule.to(device)
+    loss = DenoisingLoss(
+        model,
+        loss=config.loss.kind,
+        weighting="min-snr" if config.loss.min_snr_gamma else "none",
+        gamma=config.loss.min_snr_gamma or 0.0,
+        clip_skip=config.model.clip_skip,
+        chunks=config.model.max_tokens // 75,
+    )
+    settings = config.optimizer
+    optimizer = build_optimizer(
+        settings.name, groups, weight_decay=settings.weight_decay, betas=settings.betas, eps=settings.eps
+    )
+    return loss, optimizer, parameters
 
 
 def _completed(config: dict[str, Any]) -> dict[str, Any]:
@@ -221,13 +248,6 @@ def _batch_source(
     )
 
 
-def _optimizer(config: TrainConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    settings = config.optimizer
-    return build_optimizer(
-        settings.name, groups, weight_decay=settings.weight_decay, betas=settings.betas, eps=settings.eps
-    )
-
-
 def _plan(config: TrainConfig, steps: int, accelerator: Accelerator) -> Plan:
     return Plan(
         steps=steps,
@@ -239,24 +259,24 @@ def _plan(config: TrainConfig, steps: int, accelerator: Accelerator) -> Plan:
         validate_every=config.validation.every,
         log_every=config.run.log_every,
         loader_workers=config.run.loader_workers,
-        launch=_launch(config, accelerator),
+        launch=launch_of(config, accelerator.device, accelerator.num_processes),
         compiles=config.model.compile,
     )
 
 
-def _launch(config: TrainConfig, accelerator: Accelerator) -> Launch:
-    """Whole steps where nothing in a step needs the host: no draws, no branches on values.
+def launch_of(config: TrainConfig, device: torch.device, num_processes: int) -> Launch:
+    """How steps reach the device: whole where nothing in a step needs the host: no draws, no branches on values.
 
     On a CPU in bfloat16 steps are of the same kind without that, too: factors are cast at once and computed together.
     """
-    device = accelerator.device.type
-    is_narrow_on_cpu = device == "cpu" and _is_bf16(config, accelerator)
-    if device not in ("cpu", "cuda") or not (config.run.cuda_graph or is_narrow_on_cpu):
+    dtype, is_cpu = resolve_precision(config.run.precision, device), device.type == "cpu"
+    is_narrow_on_cpu = is_cpu and dtype == torch.bfloat16
+    if device.type not in ("cpu", "cuda") or not (config.run.cuda_graph or is_narrow_on_cpu):
         return "eager"
     adapter = config.adapter
     obstacles = {
-        "several processes": accelerator.num_processes > 1,
-        'precision = "fp16"': accelerator.scaler is not None,
+        "several processes": num_processes > 1,
+        'precision = "fp16"': dtype == torch.float16,
         "dropout": adapter.dropout + adapter.rank_dropout + adapter.module_dropout > 0,
         "adapter.max_norm": adapter.max_norm > 0,
         "adapter.text_encoder": adapter.text_encoder,
@@ -267,12 +287,8 @@ def _launch(config: TrainConfig, accelerator: Accelerator) -> Launch:
             logger.info("Steps are launched one operation at a time, not as a whole: %s.", ", ".join(found))
         return "eager"
     # What inductor made for a CPU is no operation of the dispatcher, and so no recording would have it.
-    is_whole = config.run.cuda_graph and not (device == "cpu" and config.model.compile)
+    is_whole = config.run.cuda_graph and not (is_cpu and config.model.compile)
     return "graph" if is_whole else "quiet"
-
-
-def _is_bf16(config: TrainConfig, accelerator: Accelerator) -> bool:
-    return resolve_precision(config.run.precision, accelerator.device) == torch.bfloat16
 
 
 def make_previewer(config: TrainConfig, run: RunFolder, model: DiffusionModel) -> Previewer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,13 +13,20 @@ from lora_diffusion.adapters.base import Adapter
 from lora_diffusion.models.base import Conditioning, DiffusionModel, size_numbers
 from lora_diffusion.models.heap import trim_heap
 from lora_diffusion.streams import stream
+from lora_diffusion.training import graph, recording
+from lora_diffusion.training.batches import Batch
 from lora_diffusion.training.memory import PeakMemory, memory_limit
+from lora_diffusion.training.quiet_step import inputs_of, inputs_of_texts
 
 _QUICK_S = 2.0  # a step of one sample below this is followed by steps of the whole batch, which are timed
 _NUM_TIMED = 4  # the first ones also warm caches up
+_LAUNCHED_S = 1.0  # a step of the whole batch below this is timed as it is launched, too: longer ones are arithmetic
+_NUM_PREPARING = 1 + max(graph.NUM_WARM_UPS, recording.NUM_WARM_UPS)  # steps until one is replayed
 _NUM_MOMENTS = 2  # that AdamW keeps of each trained value, float32; a real step here has made gradients, but not these
 _USABLE = 0.92  # of the memory there is: allocators waste some, and other programs want some
 _LARGEST = 4096  # of `run.batch_size`
+
+Launch = Callable[[Mapping[int, Mapping[str, Tensor]]], None]
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,7 @@ def estimate_step(
     *,
     encode: Callable[[], Conditioning],
     accumulation: int,
+    launch: Launch | None = None,
 ) -> StepEstimate:
     """Run forward and backward passes, adapters injected, on samples of `size` (width, height) px.
 
@@ -49,6 +57,9 @@ def estimate_step(
     trained. Call it with the model as it is trained, unused parts released and convolutions packed. A step of
     one sample and, where that is quick, of the whole batch are measured; between and beyond, memory and time of a
     sample are taken from autograd's count of what it keeps, and from the first step.
+
+    launch: makes a step as the run will, from its members' inputs (see `QuietStep`), and changes the adapters by it. A
+    graph or a recording takes a fraction of the time that calling a small base's operations one by one does.
     """
     device = next(model.unet.parameters()).device
     probe = _Probe(model, size, encode)
@@ -63,6 +74,8 @@ def estimate_step(
     limit = int(memory_limit(device) * _USABLE)
     room = limit - moments - max(first[1], again[1])
     largest = min(_LARGEST, 1 + room // max(held, 1)) if room >= 0 else 0
+    if launch is not None and seconds < _LAUNCHED_S and batch_size <= largest:
+        seconds = probe.seconds_as_launched(launch, batch_size)
     return StepEstimate(seconds * accumulation, peak + moments, largest, limit)
 
 
@@ -87,7 +100,7 @@ class _Probe:
         shape = (1, model.latent_channels, height // model.latent_factor, width // model.latent_factor)
         self._noisy = torch.randn(shape, generator=stream(0, "estimate")).to(self._device)
         self._encode = encode
-        self._size = torch.tensor(size_numbers(size, (0, 0), size))
+        self._size = torch.tensor(size_numbers(size, (0, 0), size), dtype=torch.float32)
         # As graphs are captured: cuBLAS keeps memory for each stream that it was used on.
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
 
@@ -103,6 +116,22 @@ class _Probe:
             self._wait()
             seconds = time.perf_counter() - started
         return seconds, memory.bytes
+
+    def seconds_as_launched(self, launch: Launch, batch_size: int) -> float:
+        """Of a whole step, once what is replayed of it has been made."""
+        noisy, device = self._noisy.repeat(batch_size, 1, 1, 1), self._device
+        timesteps = torch.full((batch_size,), self._model.schedule.num_steps // 2, device=device)
+        weights = torch.full((batch_size,), 1 / batch_size, device=device)
+        sizes = self._size.to(device).repeat(batch_size, 1)
+        batch = Batch(noisy, noisy, timesteps, weights=weights, sizes=sizes, captions=(), names=())
+        inputs = inputs_of([batch]) | inputs_of_texts([Conditioning.cat([self._encode()] * batch_size)])
+        taken: list[float] = []
+        for _ in range(_NUM_PREPARING + _NUM_TIMED):
+            started = time.perf_counter()
+            launch({0: inputs})
+            self._wait()
+            taken.append(time.perf_counter() - started)
+        return min(taken)
 
     def _wait(self) -> None:
         if self._device.type == "cuda":

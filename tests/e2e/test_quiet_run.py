@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from lora_diffusion.adapters.together import Together
 from lora_diffusion.config import TrainConfig
 from lora_diffusion.errors import RunError
-from lora_diffusion.recipe import _launch, make_accelerator
+from lora_diffusion.recipe import launch_of
 from lora_diffusion.training.plan import Launch
 from lora_diffusion.training.trainer import Trainer
 from tests.training_runs import draw_pictures, prepare, write_config
@@ -95,7 +95,7 @@ def test_on_a_cpu_steps_are_launched_as_a_whole_where_none_needs_the_host(
 ) -> None:
     sections = sections | {"run": sections.get("run", {}) | {"precision": precision}}
     config = TrainConfig.load(write_config(tmp_path / "run.toml", tmp_path, tmp_path, **sections))
-    assert _launch(config, make_accelerator(config)) == launch
+    assert launch_of(config, torch.device("cpu"), num_processes=1) == launch
 
 
 def test_in_bfloat16_projections_of_one_input_are_computed_together_and_a_resume_is_exact(

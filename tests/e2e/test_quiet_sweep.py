@@ -41,11 +41,11 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         counts.append(len(inputs))
         call(step, inputs)
 
-    def launch(config: TrainConfig, _: object) -> str:
+    def launch(config: TrainConfig, *_: object) -> str:
         return "eager" if config.adapter.dropout else "quiet"
 
     with monkeypatch.context() as patch:
-        patch.setattr("lora_diffusion.recipe._launch", launch)
+        patch.setattr("lora_diffusion.recipe.launch_of", launch)
         patch.setattr(QuietStep, "__call__", watched)
         yield counts
 

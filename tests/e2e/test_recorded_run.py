@@ -75,7 +75,7 @@ def test_so_it_is_for_a_sweep_also_when_a_member_has_left(
     config = make_config(tmp_path, tiny_sd1, run={"steps": 8, "precision": "bf16"}, dataset={"buckets": False})
     made = {}
     for launch in ("quiet", "graph"):
-        monkeypatch.setattr("lora_diffusion.recipe._launch", lambda *_, launch=launch: launch)
+        monkeypatch.setattr("lora_diffusion.recipe.launch_of", lambda *_, launch=launch: launch)
         members = members_of(config, "run.seed=1,2,3", overrides=[f"run.output={tmp_path / launch}"])
         train_together([changed(members[0], "run.steps=4"), *members[1:]], tmp_path / f"{launch}-sweep")
         made[launch] = [weights_of(member) for member in members]

@@ -52,7 +52,7 @@ def distances(members: Sequence[Member], folder: Path) -> dict[str, float]:
 def quiet_on_cpu(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU steps are graphs by themselves; on a CPU they are what these are made of."""
     if device.type == "cpu":
-        monkeypatch.setattr("lora_diffusion.recipe._launch", lambda *_: "quiet")
+        monkeypatch.setattr("lora_diffusion.recipe.launch_of", lambda *_: "quiet")
 
 
 @pytest.mark.parametrize("precision", TOLERANCES)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,12 @@ from lora_diffusion.models.checkpointing import checkpoint_blocks
 from lora_diffusion.models.heap import trim_heap
 from lora_diffusion.models.load import load_model
 from lora_diffusion.streams import stream
-from lora_diffusion.training.estimate import _Probe
+from lora_diffusion.training.estimate import _LAUNCHED_S, _Probe, estimate_step
+from lora_diffusion.training.graph import Inputs, Shape, shape_of
 from lora_diffusion.training.memory import PeakMemory, resident_bytes
-from tests.training_runs import draw_pictures, write_config
+from lora_diffusion.training.recording import NUM_WARM_UPS, StepRecordings
+from tests.tiny import make_tiny_sd1, make_tiny_sdxl
+from tests.training_runs import draw_pictures, prepare, write_config
 
 
 def test_the_peak_is_what_was_held_at_most() -> None:
@@ -43,6 +48,54 @@ def test_the_largest_batch_follows_from_what_is_free(
     assert report.largest_batch == 0
     assert "not even one picture" in report.findings[0].items[0]
     assert "gradient_checkpointing" in report.findings[0].items[0]
+
+
+@pytest.mark.parametrize("make", [make_tiny_sd1, make_tiny_sdxl])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_time_is_that_of_steps_as_the_run_launches_them(
+    make: Callable[[Path], Path], precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same tensors, replayed as the run replays them. All pictures are of one size."""
+    seen: list[tuple[StepRecordings, Shape]] = []
+    call = StepRecordings.__call__
+
+    def watched(steps: StepRecordings, inputs: Inputs) -> None:
+        call(steps, inputs)
+        seen.append((steps, shape_of(inputs)))
+
+    monkeypatch.setattr(StepRecordings, "__call__", watched)
+    config = write_config(
+        tmp_path / "run.toml",
+        make(tmp_path / "base"),
+        draw_pictures(tmp_path / "pictures", 4),
+        run={"precision": precision, "steps": 3},
+        dataset={"buckets": False},
+        validation={"every": 0},
+    )
+    report = check_run(TrainConfig.load(config, []))
+    told = list(seen)
+    prepare(config).fit()
+    trained = seen[len(told) :]
+
+    assert 0 < report.seconds_per_step < _LAUNCHED_S
+    assert told[-1][0].num_recordings == 1
+    assert {shape for _, shape in told} == {shape for _, shape in trained}
+
+
+def test_time_told_is_of_the_launched_step_times_the_micro_batches(tiny_sd1: Path) -> None:
+    model = load_model(str(tiny_sd1), dtype=torch.float32, device=torch.device("cpu"))
+    text = model.encode_text([""])
+    weight = model.unet.conv_in.weight.requires_grad_(True)
+    calls: list[int] = []
+
+    def launch(inputs: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
+        calls.append(len(inputs[0]["0.latents"]))
+        time.sleep(0.3)  # longer than the tiny base's own operations take
+
+    step = estimate_step(model, (32, 32), 2, encode=lambda: text, accumulation=3, launch=launch)
+    assert weight.grad is None
+    assert step.seconds >= 3 * 0.3
+    assert len(calls) > NUM_WARM_UPS + 1 and set(calls) == {2}
 
 
 def test_what_training_refuses_is_refused(tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
