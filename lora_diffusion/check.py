@@ -97,6 +97,7 @@ def check_run(config: TrainConfig, track: Track = silent) -> CheckReport:
         config.run.batch_size,
         encode=text,
         accumulation=config.run.gradient_accumulation,
+        other_shapes=data.batches.shapes - {(data.largest, config.run.batch_size)},
         launch=step_as_launched(config, model, prepared, device),
     )
     steps_per_epoch = data.batches.batches_per_epoch / config.run.gradient_accumulation

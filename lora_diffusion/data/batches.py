@@ -55,6 +55,13 @@ class BatchList:
         self.batches_per_epoch = sum(-(-len(draws) // batch_size) for draws in self._members.values())
         self._plans: dict[int, _Plan] = {}
 
+    @property
+    def shapes(self) -> set[tuple[Bucket, int]]:
+        """(size of its pictures, their number) of every kind of batch in an epoch."""
+        counts = {bucket: len(draws) for bucket, draws in self._members.items()}
+        whole = {(bucket, self.batch_size) for bucket, count in counts.items() if count >= self.batch_size}
+        return whole | {(bucket, rest) for bucket, count in counts.items() if (rest := count % self.batch_size)}
+
     def batch(self, index: int) -> tuple[Draw, ...]:
         """Batch `index` of the run, counted from 0 over all epochs: 1 to `batch_size` draws."""
         epoch, position = divmod(index, self.batches_per_epoch)

@@ -63,7 +63,7 @@ def without_compiler() -> AbstractContextManager[None]:
 
 
 try:
-    with uncollected(), put_off(_PUT_OFF, _LAZY_PACKAGES):
+    with uncollected(), put_off(_PUT_OFF, _LAZY_PACKAGES, submodules_alone=True):
         importlib.import_module("diffusers.models.autoencoders.autoencoder_kl")
         importlib.import_module("diffusers.models.unets.unet_2d_condition")
         importlib.import_module("transformers.models.clip.modeling_clip")

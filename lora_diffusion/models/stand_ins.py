@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, module_from_spec
 from types import ModuleType
@@ -52,6 +53,38 @@ class _LazyPackage(ModuleType):
         return sys.modules.get(self.__name__, self)
 
 
+class _TrueParents:
+    """A finder that imports a put-off package for good when one of its submodules is imported.
+
+    On the path of its stand-in the submodule would run without what `__init__` does before.
+    """
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        parent = name.rpartition(".")[0]
+        if not isinstance(sys.modules.get(parent), _Later):
+            return None
+        true_module(parent)
+        made = sys.modules.get(name)  # by the package itself
+        if made is None:
+            return find_spec(name)
+        made.__spec__ = ModuleSpec(name, _Made(made))  # the import system reads it there
+        return made.__spec__
+
+
+class _Made(Loader):
+    """What finds a module that has been imported while it was looked for."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self._module, self._spec = module, module.__spec__
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return self._module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self._spec
+
+
 def true_module(name: str) -> ModuleType:
     """The module of this name, imported if it was put off."""
     if isinstance(sys.modules.get(name), _Later):
@@ -70,19 +103,26 @@ def call_later(module: str, name: str) -> Callable[..., Any]:
 
 
 @contextmanager
-def put_off(modules: Mapping[str, Mapping[str, Any]], packages: Sequence[str]) -> Iterator[None]:
+def put_off(
+    modules: Mapping[str, Mapping[str, Any]], packages: Sequence[str], *, submodules_alone: bool = False
+) -> Iterator[None]:
     """While this lasts, importing one of `modules` waits until it is used, and `packages` become lazy for good.
 
     modules: name → what else its stand-in holds, for those who import single names from it; other names import the true
     module. packages: their submodules are imported alone, their own names when one is asked for. What is loaded or does
     not exist stays as it is. Afterwards no stand-in of `modules` is in `sys.modules`. After an exception the packages,
     too, are as if nothing had been imported.
+
+    submodules_alone: those of `modules` are imported without what these do before, for those of which it is known to do
+    no harm. Otherwise a submodule imports its package.
     """
     for name, contents in modules.items():
         if spec := _spec_of_unloaded(name):
             sys.modules[name] = stand_in = _module(spec, _Later)
             vars(stand_in)["_contents"] = contents
     lazy: list[str] = []
+    finders: list[Any] = [] if submodules_alone else [_TrueParents()]
+    sys.meta_path[:0] = finders
     try:
         for name in packages:
             if (spec := _spec_of_unloaded(name)) and spec.submodule_search_locations:
@@ -97,6 +137,8 @@ def put_off(modules: Mapping[str, Mapping[str, Any]], packages: Sequence[str]) -
                 del sys.modules[name]
         raise
     finally:
+        for finder in finders:
+            sys.meta_path.remove(finder)
         for name in modules:
             if isinstance(sys.modules.get(name), _Later):
                 sys.modules.pop(name, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +49,7 @@ def estimate_step(
     *,
     encode: Callable[[], Conditioning],
     accumulation: int,
+    other_shapes: Iterable[tuple[tuple[int, int], int]] = (),
     launch: Launch | None = None,
 ) -> StepEstimate:
     """Run forward and backward passes, adapters injected, on samples of `size` (width, height) px.
@@ -58,6 +59,8 @@ def estimate_step(
     one sample and, where that is quick, of the whole batch are measured; between and beyond, memory and time of a
     sample are taken from autograd's count of what it keeps, and from the first step.
 
+    other_shapes: (size, pictures) of batches that are smaller. On a CPU each costs memory for good, as oneDNN keeps the
+    code that it has made for a shape: in bfloat16 half a megabyte for each of some hundred operations.
     launch: makes a step as the run will, from its members' inputs (see `QuietStep`), and changes the adapters by it. A
     graph or a recording takes a fraction of the time that calling a small base's operations one by one does.
     """
@@ -70,6 +73,8 @@ def estimate_step(
     if first[0] < _QUICK_S and batch_size > 1 and peak < memory_limit(device):
         runs = [probe.run(batch_size) for _ in range(_NUM_TIMED)]
         seconds, peak = min(run[0] for run in runs), max(run[1] for run in runs)
+    if seconds < _QUICK_S and device.type == "cpu":
+        peak = max([peak, *(_Probe(model, other, encode).run(rows)[1] for other, rows in other_shapes)])
     moments = _NUM_MOMENTS * sum(p.numel() * 4 for p in _trained(model))
     limit = int(memory_limit(device) * _USABLE)
     room = limit - moments - max(first[1], again[1])

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from lora_diffusion.models.packed_conv import has_fast_bf16
 from tests.training_runs import ROOT, write_config
 
 
@@ -26,21 +28,47 @@ def test_the_estimate_is_within_15_percent_of_the_peak(tmp_path: Path, quantise:
         model={"quantise": quantise},
         dataset={"resolution": 64},
     )
+    compare(config)
+
+
+@pytest.mark.slow
+@pytest.mark.timed
+@pytest.mark.skipif(sys.platform != "linux", reason="the unit of ru_maxrss differs elsewhere")
+@pytest.mark.skipif(not has_fast_bf16(), reason="needs a CPU that computes in bfloat16")
+def test_so_it_is_in_bfloat16_with_batches_of_many_shapes(tmp_path: Path) -> None:
+    """Of one alone the training would hold a third less."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for index, size in enumerate([(128, 128), (160, 96), (96, 160), (192, 64), (64, 192), (224, 64), (64, 224)] * 2):
+        Image.new("RGB", size, (20 * index, 80, 40)).save(pictures / f"{index:02d}.png")
+        (pictures / f"{index:02d}.txt").write_text("a cat", encoding="utf-8")
+    config = write_config(
+        tmp_path / "many.toml",
+        ROOT / "samples" / "base",
+        pictures,
+        run={"steps": 20, "batch_size": 1, "precision": "bf16"},
+        dataset={"resolution": 128},
+        validation={"every": 0},
+    )
+    compare(config)
+
+
+def compare(config: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "lora_diffusion"]
     told = subprocess.run(
         [*command, "check", "--config", str(config), "--json"],
-        cwd=tmp_path,
+        cwd=config.parent,
         env=environment,
         check=True,
         capture_output=True,
         text=True,
     )
-    with (tmp_path / "log.txt").open("w") as log:
+    with config.with_suffix(".log").open("w") as log:
         training = subprocess.Popen(
-            [*command, "train", "--config", str(config)], cwd=tmp_path, env=environment, stdout=log, stderr=log
+            [*command, "train", "--config", str(config)], cwd=config.parent, env=environment, stdout=log, stderr=log
         )
         _, status, usage = os.wait4(training.pid, 0)
 
-    assert status == 0, (tmp_path / "log.txt").read_text()
+    assert status == 0, config.with_suffix(".log").read_text()
     assert json.loads(told.stdout)["memory_bytes"] == pytest.approx(usage.ru_maxrss * 1024, rel=0.15)

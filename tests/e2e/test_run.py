@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ from lora_diffusion.generation.infotext import read_png
 from lora_diffusion.runs import RunFolder
 from lora_diffusion.training.checkpoint import save_checkpoint
 from lora_diffusion.training.tracking import read_metrics
-from tests.training_runs import draw_pictures, prepare, tensor_hash, write_config
+from tests.training_runs import ROOT, draw_pictures, prepare, tensor_hash, write_config
 
 STEPS = 6
 PROMPTS = ["a red cat", "a blue cat"]
@@ -31,6 +33,24 @@ def _train(config: Path, *arguments: str) -> str:
     result = CliRunner().invoke(app, ["train", "--config", str(config), *arguments])
     assert result.exit_code == 0, result.output
     return result.output
+
+
+def test_a_process_of_its_own_trains_with_all_that_bitsandbytes_has(tiny_sd1: Path, tmp_path: Path) -> None:
+    """It imports torch's compiler, which trainings put off, in parts. In this process others have imported it."""
+    pytest.importorskip("bitsandbytes")
+    config = write_config(
+        tmp_path / "run.toml",
+        tiny_sd1,
+        draw_pictures(tmp_path / "pictures"),
+        run={"steps": 3},
+        model={"quantise": "nf4"},
+        optimizer={"name": "adamw8bit"},
+    )
+    command = [sys.executable, "-m", "lora_diffusion", "train", "--config", str(config)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "test.safetensors").is_file()
 
 
 @pytest.fixture(scope="module")

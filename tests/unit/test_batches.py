@@ -44,6 +44,12 @@ def test_batches_hold_one_bucket_and_only_the_last_of_a_bucket_is_short():
     assert lengths == {(SQUARE, 4): 3, (WIDE, 4): 1, (WIDE, 2): 1, (TALL, 4): 1}
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 100])
+def test_shapes_are_those_of_an_epochs_batches(batch_size: int):
+    batches = make(batch_size)
+    assert batches.shapes == {(BUCKETS[batch[0].sample], len(batch)) for batch in epoch(batches, 1)}
+
+
 def test_epochs_and_seeds_differ_in_members_and_in_order():
     plans = [epoch(make(seed=seed), number) for seed in (1, 2) for number in (0, 1)]
     members = [{frozenset((d.sample, d.repeat) for d in batch) for batch in plan} for plan in plans]

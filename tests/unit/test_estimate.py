@@ -98,6 +98,29 @@ def test_time_told_is_of_the_launched_step_times_the_micro_batches(tiny_sd1: Pat
     assert len(calls) > NUM_WARM_UPS + 1 and set(calls) == {2}
 
 
+def test_memory_is_that_of_every_shape_of_a_batch(
+    tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here of short ones, which the largest would not tell."""
+    pictures = draw_pictures(tmp_path / "pictures", 5)
+    config = write_config(
+        tmp_path / "run.toml",
+        tiny_sd1,
+        pictures,
+        run={"batch_size": 3},
+        dataset={"buckets": False},
+        validation={"every": 0},
+    )
+    run = _Probe.run
+
+    def watched(probe: _Probe, batch_size: int) -> tuple[float, int]:
+        seconds, peak = run(probe, batch_size)
+        return seconds, peak + (2**33 if batch_size == 2 else 0)
+
+    monkeypatch.setattr(_Probe, "run", watched)
+    assert check_run(TrainConfig.load(config, [])).memory_bytes > 2**33
+
+
 def test_what_training_refuses_is_refused(tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = draw_pictures(tmp_path / "pictures")
     config = write_config(tmp_path / "a.toml", tiny_sd1, pictures, preview={"prompts": ["a cat"], "size": [50, 50]})

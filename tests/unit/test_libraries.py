@@ -153,6 +153,31 @@ print(scales.heavy.weigh is heavy.weigh)
     assert run(script, library).splitlines() == ["False", "heavy loads", "3 7", "True"]
 
 
+@pytest.mark.parametrize("module", ["tea", "pepper"])
+def test_a_module_in_a_put_off_package_imports_that_and_each_runs_once(library: Path, module: str) -> None:
+    """One that the package imports by itself, after what that one needs of it; and one that it does not."""
+    (library / "shop/goods/__init__.py").write_text("print('goods loads')\nPRICE = 2\nfrom .tea import Tea")
+    for name in ("tea", "pepper"):
+        (library / f"shop/goods/{name}.py").write_text(
+            f"print('{name} loads')\nfrom shop.goods import PRICE\nclass Tea: price = PRICE"
+        )
+    script = f"""{STAND_INS}
+import importlib
+with put_off({{"shop.goods": {{}}}}, ()):
+    import shop.goods
+    found = importlib.import_module("shop.goods.{module}")
+import shop.goods
+print(found.Tea.price, found is sys.modules["shop.goods.{module}"], shop.goods.{module} is found)
+print(shop.goods.Tea is shop.goods.tea.Tea, found.__spec__.origin.endswith("{module}.py"), len(sys.meta_path))
+"""
+    output = run(f"import sys\nprint(len(sys.meta_path))\n{script}", library).splitlines()
+    assert output[1:-1] == [
+        *("goods loads", "tea loads", *(["pepper loads"] if module == "pepper" else [])),
+        "2 True True",
+    ]
+    assert output[-1] == f"True True {output[0]}"
+
+
 def test_a_package_runs_when_it_is_asked_for_a_name_and_keeps_its_submodules(library: Path) -> None:
     script = f"""{STAND_INS}
 with put_off({{}}, ("shop.goods",)):
