@@ -15,7 +15,7 @@ from lora_diffusion.models.heap import trim_heap
 from lora_diffusion.streams import stream
 from lora_diffusion.training import graph, recording
 from lora_diffusion.training.batches import Batch
-from lora_diffusion.training.memory import PeakMemory, memory_limit
+from lora_diffusion.training.memory import PeakMemory, is_out_of_memory, memory_limit
 from lora_diffusion.training.quiet_step import inputs_of, inputs_of_texts
 
 _QUICK_S = 2.0  # a step of one sample below this is followed by steps of the whole batch, which are timed
@@ -80,7 +80,11 @@ def estimate_step(
     room = limit - moments - max(first[1], again[1])
     largest = min(_LARGEST, 1 + room // max(held, 1)) if room >= 0 else 0
     if launch is not None and seconds < _LAUNCHED_S and batch_size <= largest:
-        seconds = probe.seconds_as_launched(launch, batch_size)
+        try:
+            seconds = probe.seconds_as_launched(launch, batch_size)
+        except (RuntimeError, MemoryError) as error:  # a graph may want more than operations that are called singly
+            if not is_out_of_memory(error):
+                raise
     return StepEstimate(seconds * accumulation, peak + moments, largest, limit)
 
 

@@ -98,6 +98,23 @@ def test_time_told_is_of_the_launched_step_times_the_micro_batches(tiny_sd1: Pat
     assert len(calls) > NUM_WARM_UPS + 1 and set(calls) == {2}
 
 
+def test_where_memory_is_short_for_launching_a_whole_step_its_operations_time_is_told(tiny_sd1: Path) -> None:
+    model = load_model(str(tiny_sd1), dtype=torch.float32, device=torch.device("cpu"))
+    text = model.encode_text([""])
+    model.unet.conv_in.weight.requires_grad_(True)
+
+    def launch(_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    assert estimate_step(model, (32, 32), 1, encode=lambda: text, accumulation=1, launch=launch).seconds > 0
+
+    def fail(_: object) -> None:
+        raise RuntimeError("a kernel has failed")
+
+    with pytest.raises(RuntimeError, match="a kernel has failed"):
+        estimate_step(model, (32, 32), 1, encode=lambda: text, accumulation=1, launch=fail)
+
+
 def test_memory_is_that_of_every_shape_of_a_batch(
     tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
