@@ -26,7 +26,7 @@ _NUM_MOMENTS = 2  # that AdamW keeps of each trained value, float32; a real step
 _USABLE = 0.92  # of the memory there is: allocators waste some, and other programs want some
 _LARGEST = 4096  # of `run.batch_size`
 
-Launch = Callable[[Mapping[int, Mapping[str, Tensor]]], None]
+LaunchStep = Callable[[Mapping[int, Mapping[str, Tensor]]], None]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def estimate_step(
     encode: Callable[[], Conditioning],
     accumulation: int,
     other_shapes: Iterable[tuple[tuple[int, int], int]] = (),
-    launch: Launch | None = None,
+    launch: LaunchStep | None = None,
 ) -> StepEstimate:
     """Run forward and backward passes, adapters injected, on samples of `size` (width, height) px.
 
@@ -126,7 +126,7 @@ class _Probe:
             seconds = time.perf_counter() - started
         return seconds, memory.bytes
 
-    def seconds_as_launched(self, launch: Launch, batch_size: int) -> float:
+    def seconds_as_launched(self, launch: LaunchStep, batch_size: int) -> float:
         """Of a whole step, once what is replayed of it has been made."""
         noisy, device = self._noisy.repeat(batch_size, 1, 1, 1), self._device
         timesteps = torch.full((batch_size,), self._model.schedule.num_steps // 2, device=device)
