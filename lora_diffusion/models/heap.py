@@ -39,6 +39,26 @@ def trim_heap() -> None:
 
 
 @contextmanager
+def large_blocks_apart() -> Iterator[None]:
+    """Keep small objects made inside, which stay, out of the memory of large tensors; after `keep_heap`.
+
+    Where one lies in what a large tensor has left, the next tensor of that size does not fit there any more: with a
+    recorded step of 32 pictures the process held up to 300 MB more. Inside, a tensor of a megabyte or more has pages
+    of its own from the system.
+    """
+    library = _glibc()
+    if library is None:
+        yield
+        return
+    library.malloc_trim(0)
+    library.mallopt(_MMAP_THRESHOLD, 2**20)
+    try:
+        yield
+    finally:
+        keep_heap()
+
+
+@contextmanager
 def uncollected() -> Iterator[None]:
     """Without looking for garbage, where some 100,000 objects are made that stay: it takes half of their time."""
     was_enabled = gc.isenabled()

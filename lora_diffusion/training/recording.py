@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_diffusion.models.heap import uncollected
+from lora_diffusion.models.heap import large_blocks_apart, uncollected
 from lora_diffusion.training.graph import Inputs, Shape, Step, shape_of
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class StepRecordings:
     def _record(self, inputs: Inputs) -> _Recorded | None:
         """A real step; None where it does what a recording cannot hold."""
         static = {name: tensor.clone() for name, tensor in inputs.items()}
-        with uncollected():
+        with uncollected(), large_blocks_apart():
             with _Recorder() as recorder:
                 self._step(static)
             if not recorder.obstacle:

@@ -24,21 +24,68 @@ held = int(open("/proc/self/statm").read().split()[1])
 trim_heap()
 print(after - before, held - int(open("/proc/self/statm").read().split()[1]))
 """
+# Of eight tensors every other one is replaced; something small that stays is made between: in the hole, unless told.
+FILL_HOLES = """
+import sys
+from contextlib import nullcontext
+
+import torch
+
+from lora_diffusion.models.heap import keep_heap, large_blocks_apart
+
+
+def step():
+    tensors = [torch.ones(10_000_000) for _ in range(8)]
+    for index in range(0, 8, 2):
+        tensors[index] = None
+        stay.extend(bytes(2_000) for _ in range(100))
+        tensors[index] = torch.ones(10_000_000)
+
+
+def num_pages():
+    return int(open("/proc/self/statm").read().split()[1])
+
+
+keep_heap()
+stay = []
+step()
+stay.clear()
+before = num_pages()
+with large_blocks_apart() if sys.argv[1] == "apart" else nullcontext():
+    step()
+step()
+print(num_pages() - before)
+"""
 PAGES = 40_000_000 // 4096  # of each tensor
+
+
+glibc_only = pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="settings of glibc"
+)
+
+
+def run(program: str, how: str) -> list[int]:
+    command = [sys.executable, "-c", program, how]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return [int(value) for value in printed.split()]
 
 
 def count(how: str) -> tuple[int, int]:
     """How often ten new tensors were given new pages, and how many pages go back to the system then."""
-    command = [sys.executable, "-c", COUNT_FAULTS, how]
-    new, returned = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-    return int(new), int(returned)
+    new, returned = run(COUNT_FAULTS, how)
+    return new, returned
 
 
-@pytest.mark.skipif(
-    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="settings of glibc"
-)
+@glibc_only
 def test_new_tensors_take_the_memory_of_freed_ones_until_it_is_given_back() -> None:
     (new, returned), (new_without, _) = count("kept"), count("plain")
 
     assert new < new_without / 10
     assert returned > 0.9 * PAGES
+
+
+@glibc_only
+def test_what_is_made_to_stay_does_not_take_the_place_of_large_tensors() -> None:
+    (apart,), (among,) = run(FILL_HOLES, "apart"), run(FILL_HOLES, "among")
+
+    assert apart < PAGES < 3 * PAGES < among
