@@ -181,7 +181,7 @@ def table(result: Mapping[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--counts", type=int, nargs="+", default=(10, 100, 1000, 10_000))
-    parser.add_argument("--steps", type=int, default=40, help="after the first, with everything cached")
+    parser.add_argument("--steps", type=int, default=40, help="after those that warm up, with everything cached")
     parser.add_argument("--photos", type=int, default=150, help="of each kind")
     parser.add_argument("--work", type=Path, default=Path(".cache/benchmarks/scaling"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))

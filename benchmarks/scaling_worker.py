@@ -6,13 +6,14 @@ import argparse
 import json
 import os
 import resource
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+WARM_UPS = 16  # after the first step: those of both shapes are recorded
 
 
 def scan(folder: Path, memory: Path) -> dict[str, float]:
@@ -31,12 +32,13 @@ def scan(folder: Path, memory: Path) -> dict[str, float]:
 def train(config: Path, steps: int, started: float) -> dict[str, float]:
     """From the start of the process (started: on the monotonic clock) to the first step, then `steps` more.
 
-    Seconds of a step's own work are CPU seconds: drawing its batch, finding its captions' encodings, its line in the
-    log and whatever else is due after it. The rest is the model's.
+    Overhead is in CPU seconds all that a step takes beside the model's passes and the update: drawing its batch, in
+    whichever thread, finding its captions' encodings, its line in the log and whatever else is due after it.
     """
     from lora_diffusion.config import TrainConfig
     from lora_diffusion.recipe import build, make_accelerator
     from lora_diffusion.runs import RunFolder
+    from lora_diffusion.training.quiet_step import QuietStep
 
     settings = TrainConfig.load(config, [])
     accelerator = make_accelerator(settings)
@@ -44,37 +46,38 @@ def train(config: Path, steps: int, started: float) -> dict[str, float]:
     run = RunFolder(settings.run.output)
     run.path.mkdir(parents=True, exist_ok=True)
     trainer: Any = build(settings, run, accelerator, resume=False)
-    spent: list[float] = []
-    for name in ("next_micro_batches", "conditioning", "end_step"):
-        setattr(trainer, name, _timed(getattr(trainer, name), spent))
+    computing: list[float] = []
+    QuietStep.__call__ = _timed(QuietStep.__call__, computing)
     run.begin(0, settings.run.steps or 0)
     trainer.begin()
     start_wall, start_cpu = time.monotonic() - started, time.process_time()
     trainer.train_step()
-    overheads: list[float] = []
+    for _ in range(WARM_UPS if steps else 0):
+        trainer.train_step()
+    computing.clear()
     cpu = time.process_time()
     for _ in range(steps):
-        spent.clear()
         trainer.train_step()
-        overheads.append(sum(spent))
     cpu = time.process_time() - cpu
+    assert len(computing) == steps, "steps are launched another way than is measured here"
     return {
         "start_wall_s": start_wall,
         "start_cpu_s": start_cpu,
         "import_cpu_s": imported,
         "step_cpu_s": cpu / steps if steps else 0.0,
-        "overhead_cpu_s": statistics.mean(overheads) if steps else 0.0,
+        "overhead_cpu_s": (cpu - sum(computing)) / steps if steps else 0.0,
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
 
 
 def _timed(call: Callable[..., T], spent: list[float]) -> Callable[..., T]:
+    """The same, which notes the CPU seconds of the calling thread: there is one for the model."""
+
     def timed(*arguments: Any) -> T:
-        before = time.process_time()
-        try:
-            return call(*arguments)
-        finally:
-            spent.append(time.process_time() - before)
+        before = time.thread_time()
+        result = call(*arguments)
+        spent.append(time.thread_time() - before)
+        return result
 
     return timed
 
