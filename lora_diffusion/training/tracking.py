@@ -24,6 +24,7 @@ FILE_ONLY = "file_only"
 """Attribute of log records that the terminal leaves out."""
 
 _PLAIN_LINE_EVERY_S = 10.0  # without a terminal a progress bar is noise; a line now and then is a log
+_BAR_EVERY_S = 0.1  # a GPU makes a hundred steps in a second
 
 
 class MetricsFile:
@@ -104,6 +105,7 @@ class Console:
     _bar: Any = field(default=None, init=False)
     _task: Any = field(default=None, init=False)
     _last_line: float = field(default=0.0, init=False)
+    _last_bar: float = field(default=0.0, init=False)
 
     @contextmanager
     def open(self, step: int) -> Iterator[None]:
@@ -120,14 +122,18 @@ class Console:
         self._bar = None
 
     def show(self, step: int, loss: float, learning_rate: float, seconds_per_step: float) -> None:
-        if not self.enabled:
+        now = time.monotonic()
+        is_line_due = now - self._last_line > _PLAIN_LINE_EVERY_S or step == self.steps
+        is_bar_due = now - self._last_bar > _BAR_EVERY_S or step == self.steps
+        if not self.enabled or not (is_line_due or (is_bar_due and self._bar is not None)):
             return
         speed = f"{1 / seconds_per_step:.2f} it/s" if seconds_per_step < 1 else f"{seconds_per_step:.2f} s/it"
         text = f"loss {loss:.4f}  lr {learning_rate:.1e}  {speed}  {memory_in_use(self.device)}"
-        if self._bar is not None:
+        if is_bar_due and self._bar is not None:
+            self._last_bar = now
             self._bar.update(self._task, completed=step, description=text)
-        if time.monotonic() - self._last_line > _PLAIN_LINE_EVERY_S or step == self.steps:
-            self._last_line = time.monotonic()
+        if is_line_due:
+            self._last_line = now
             minutes, seconds = divmod(round((self.steps - step) * seconds_per_step), 60)
             line = f"step {step}/{self.steps}  {text}  ETA {minutes}:{seconds:02d}"
             # Where a bar is shown the line goes to log.txt alone.
