@@ -109,6 +109,19 @@ def test_a_run_that_can_keep_no_picture_for_validation_says_so(
     assert "validation needs two different pictures" in caplog.text
 
 
+def test_a_resolution_that_cannot_be_trained_exactly_is_told_with_the_sizes_that_can(
+    tiny_sd1: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = write_config(tmp_path / "run.toml", tiny_sd1, draw_pictures(tmp_path / "pictures", 2))
+    prepare(config, "dataset.0.buckets=false")
+    assert "is trained at" not in caplog.text
+    samples = prepare(config, "dataset.0.buckets=false", "dataset.0.resolution=[50, 64]").source.samples
+    assert {sample.bucket for sample in samples} == {(32, 64)}
+    assert "resolution 50x64 is trained at 32x64, as sides are multiples of 32 px. Set it to that, or to 64x64." in (
+        caplog.text
+    )
+
+
 def test_number_of_workers_changes_nothing(source: BatchSource) -> None:
     alone = list(LoadedBatches(source, 3, 9, workers=0))
     helped = list(LoadedBatches(source, 3, 9, workers=2))
