@@ -483,11 +483,12 @@ def test_additional_parameters_count_more_than_the_fields(importing: Import) -> 
     assert imported.ledger.without_effect["min_snr_gamma"] == "`additional_parameters` says otherwise"
 
 
-def test_prompts_and_their_options_become_previews(importing: Import, tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_prompts_and_their_options_become_previews(importing: Import, tmp_path: Path, encoding: str) -> None:
     (tmp_path / "p.txt").write_text(
         "# comment\na cat --n dog --w 520 --h 768 --d 3 --s 20 --l 6\n"
         "a tree --n dog --w 520 --h 768 --d 4 --s 20 --l 6\n",
-        encoding="utf-8",
+        encoding=encoding,
     )
     settings = {"sample_prompts": "p.txt", "sample_every_n_steps": 50, "sample_sampler": "k_euler_a"}
     imported, config = importing(settings)
