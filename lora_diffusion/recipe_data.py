@@ -75,6 +75,8 @@ def read_training_set(
     samples = [sample for scan in scans for sample in scan.samples]
     fraction = config.validation.fraction if config.validation.every else 0.0
     training, validation = split_validation(samples, fraction, config.run.seed)
+    if fraction and not validation:
+        logger.warning("There will be no validation loss: validation needs two different pictures, and there is one.")
     training, validation = _told_apart(training), _told_apart(validation)
     options = [caption_options(table) for table in config.dataset]
     validation = [replace(s, caption=_plain_caption(s.caption, options[s.source])) for s in validation]
@@ -113,7 +115,14 @@ def buckets_of(table: DatasetConfig, model: DiffusionModel) -> tuple[Bucket, ...
             f"fit this model, whose picture sides are multiples of {model.resolution_step} px."
         )
     if not table.buckets:
-        return (Size(width // step * step, height // step * step),)
+        size = Size(width // step * step, height // step * step)
+        if size != (width, height):
+            logger.warning(
+                "[[dataset]] path = %r: resolution %dx%d is trained at %dx%d, as sides are multiples of %d px. "
+                "Set it to that, or to %dx%d.",
+                str(table.path), width, height, *size, step, -(-width // step) * step, -(-height // step) * step,
+            )  # fmt: skip
+        return (size,)
     return make_buckets(
         Size(width, height),
         min_side=table.bucket_min or max(step, min(width, height) // 2),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lora_diffusion.captioning.errors import CaptionerError
-from lora_diffusion.container import PICKLE_SUFFIXES, conversion_command, read_header, weight_files
+from lora_diffusion.container import PICKLE_SUFFIXES, ContainerError, conversion_command, read_header, weight_files
 from lora_diffusion.models.hub import cached_folder, cached_repos, hub_folder, is_hub_id
 
 HUB_FILES = ("*.json", "*.txt", "*.jinja", "*.model", "model.safetensors", "model-*-of-*.safetensors")
@@ -27,7 +28,7 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
 def find_captioner(name: str) -> Path:
-    """The local folder that `name` means, a path or a hub id; only a hub id that is not cached is downloaded.
+    """The local folder that `name` means, a path or a hub id; what the cache lacks of a hub id is downloaded.
 
     Raises CaptionerError (ModelError, ContainerError) if there is none, or its files are not whole or are pickles.
     """
@@ -40,8 +41,11 @@ def find_captioner(name: str) -> Path:
                 f"{name}: there is no such folder (looked in {Path.cwd()}). Give the folder of an image-to-text model "
                 f"of transformers, or a hub id such as {EXAMPLE}."
             )
-        cached = cached_folder(name)
-        folder = cached if cached and _has_weights(cached) else hub_folder(name, HUB_FILES)
+        if cached := cached_folder(name):
+            with suppress(CaptionerError, ContainerError):  # as of what an interrupted download lacks
+                check_folder(cached)
+                return cached
+        folder = hub_folder(name, HUB_FILES)
     check_folder(folder)
     return folder
 

@@ -124,7 +124,7 @@ def scan_folder(
             left_out.append(LeftOut(path, str(found)))
             continue
         name = relative_name(path, folder)
-        folder_repeats, class_token = _read_folder_name(posixpath.dirname(name_below(path, folder)))
+        folder_repeats, class_token = read_folder_name(posixpath.dirname(name_below(path, folder)))
         try:
             if found.size not in fits:
                 bucket = _choose_bucket(found.size, buckets)
@@ -203,7 +203,7 @@ def _read(path: Path) -> Picture | ImageError:
 
 
 @lru_cache(maxsize=256)
-def _read_folder_name(below: str) -> tuple[int, str | None]:
+def read_folder_name(below: str) -> tuple[int, str | None]:
     """(repeats, class token) from the nearest folder named like `10_sks dog`; (1, None) without one."""
     for parent in reversed(below.split("/")):
         if match := _REPEATS_NAME.fullmatch(parent):

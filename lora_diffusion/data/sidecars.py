@@ -49,13 +49,16 @@ class CaptionIndex:
         name = relative_name(image, self._root)
         notes: list[Note] = []
         sidecars = self._ranked(name)
-        if len(sidecars) > 1:
-            others = ", ".join(path.name for path in sidecars[1:])
-            notes.append(Note(image, "several caption files", f"{sidecars[0].name} is used, {others} is not"))
+        line = self._metadata.get(name)
         if sidecars:
             caption, source = read_caption(sidecars[0]), sidecars[0].name
-        elif name in self._metadata:
-            caption, source = self._metadata[name][1], self._metadata[name][0].name
+            others = [path.name for path in sidecars[1:]]
+            if line and line[1] and line[1] != caption:
+                others.append(f"its line in {line[0].name}")
+            if others:
+                notes.append(Note(image, "several caption files", f"{source} is used, not {' or '.join(others)}"))
+        elif line:
+            caption, source = line[1], line[0].name
         else:
             return None, notes
         if not caption:
@@ -145,7 +148,8 @@ def _first_text(entry: object, keys: Sequence[str], where: str) -> str:
         if not isinstance(value, str):
             raise DataError(f"{where}: {key} is {type(value).__name__}, not text.")
         check_text(value, f"{where}, {key}")
-        return value
+        if value.strip():
+            return value
     return ""
 
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+import posixpath
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lora_diffusion.data.listing import is_image_name
+from lora_diffusion.data.errors import DataError
+from lora_diffusion.data.folder import read_folder_name
+from lora_diffusion.data.listing import list_folder, name_below
+from lora_diffusion.data.sidecars import CaptionIndex
 from lora_diffusion.kohya.ledger import Ledger
 
-REPEATS_NAME = re.compile(r"(\d+)(?:_.*)?", re.DOTALL)
-"""Subfolders of `train_data_dir` that sd-scripts trains on."""
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif"})
+"""Of pictures that sd-scripts reads; `.avif` where its package is there."""
 
 MAX_REPEATS = 999  # of a folder's name as we read it; more digits are taken for a year
+_LISTED = 8  # folders in one sentence
 
 ALIASES = {"batch_size": "train_batch_size", "num_repeats": "dataset_repeats"}
 """What settings of a data set are called outside of dataset configs."""
@@ -62,10 +67,8 @@ def translate_datasets(ledger: Ledger) -> None:
     if ledger.source.num_subsets:
         for name in ("train_data_dir", "reg_data_dir", "in_json"):
             ledger.ignore(name, "sd-scripts takes the folders of the dataset config")
-    extension = next((ledger.text(scope.name("caption_extension")) for scope in kept), "") or ".caption"
-    ledger.differ(
-        f"captions: sd-scripts reads `{extension}` files, their first line; here `.txt` and `.caption`, whole"
-    )
+    extensions = " and ".join(dict.fromkeys(f"`{_extension(ledger, scope)}`" for scope in kept)) or "`.caption`"
+    ledger.differ(f"captions: sd-scripts reads {extensions} files, their first line; here `.txt` and `.caption`, whole")
 
 
 def _translate_folder(ledger: Ledger, scope: Scope, index: int) -> None:
@@ -76,7 +79,7 @@ def _translate_folder(ledger: Ledger, scope: Scope, index: int) -> None:
     folder = scope.name("image_dir") if is_subset else "train_data_dir"
     if path := ledger.text(folder):
         put("path", path, folder if not is_subset else "image_dir")
-        _note_folder(ledger, Path(path), is_subset)
+        _note_folder(ledger, scope, Path(path), is_subset)
     _put_resolution(ledger, scope, index)
     if (repeats := ledger.whole(scope.name("num_repeats"))) is not None and is_subset:
         put("repeats", repeats, "num_repeats")
@@ -129,39 +132,87 @@ def _put_resolution(ledger: Ledger, scope: Scope, index: int) -> None:
         put(key, side or default, setting, "" if side else f"{default} if not given")
 
 
-def _note_folder(ledger: Ledger, folder: Path, is_subset: bool) -> None:
-    """What would be read from the folder here and not there."""
-    if not folder.is_dir():
-        ledger.differ(f"{folder} is not there now, so its pictures could not be counted")
+def _note_folder(ledger: Ledger, scope: Scope, folder: Path, is_subset: bool) -> None:
+    """What would be read from the folder here and not there, or in another way."""
+    try:
+        listing = list_folder(folder)
+    except DataError:
+        state = "cannot be read" if folder.is_dir() else "is not there"
+        ledger.differ(f"{folder} {state} now, so its pictures could not be counted")
         return
-    subfolders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    others = [path for path in subfolders if is_subset or not _repeats(path)]
-    if extra := [path.name for path in others if _num_pictures(path)]:
-        ledger.differ(f"{folder}: pictures in {', '.join(extra)} are trained on here; sd-scripts leaves them out")
-    if not is_subset and (loose := _num_pictures(folder)):
+    names = [name_below(path, folder) for path in listing.images]
+    shared = [name for name in names if _is_read(name, is_subset)]
+    _note_extra(ledger, folder, set(names) - set(shared), is_subset)
+    for name in sorted({posixpath.dirname(name) for name in shared} - {""}):
+        _note_folder_name(ledger, folder / name)
+    captions = CaptionIndex(folder, replace(listing, metadata=()))
+    _note_captions(ledger, folder, [captions.file_of(folder / name) for name in shared], _extension(ledger, scope))
+
+
+def _note_extra(ledger: Ledger, folder: Path, names: Collection[str], is_subset: bool) -> None:
+    counts: Counter[str] = Counter()
+    for name in names:
+        stem, suffix = posixpath.splitext(name)
+        kind = f" ({suffix.lower()})" if _is_read(f"{stem}.png", is_subset) else ""
+        counts[f"{posixpath.dirname(name) or 'the folder itself'}{kind}"] += 1
+    if not counts:
+        return
+    parts = [f"{count} in {where}" for where, count in sorted(counts.items())]
+    if more := parts[_LISTED:]:
+        parts[_LISTED:] = [f"the rest in {len(more)} more"]
+    ledger.differ(
+        f"{folder}: pictures that are trained on here and that sd-scripts leaves out: {', '.join(parts)}; move "
+        "elsewhere what shall not be trained"
+    )
+
+
+def _note_folder_name(ledger: Ledger, folder: Path) -> None:
+    repeats, class_token = _read_name(folder.name)
+    ours, ours_token = read_folder_name(folder.name)
+    if (ours, ours_token or "") == (repeats, class_token):
+        return
+    theirs = f"{repeats} repeats" + (f" and the caption {class_token!r}" if class_token else "")
+    if repeats > MAX_REPEATS:
+        advice = f"move it out of {folder.parent} and give it a [[dataset]] table with `repeats = {repeats}`"
+    else:
+        advice = f"rename it to `{repeats}_{class_token or 'name'}`; the name is the caption of pictures without one"
+    ledger.differ(f"{folder}: sd-scripts reads {theirs} from its name, which says nothing here: {advice}")
+
+
+def _note_captions(ledger: Ledger, folder: Path, files: Iterable[Path], extension: str) -> None:
+    """files: for each picture the one that its caption is read from here, there or not."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for file in files:
+        here = file.suffix if file.is_file() else ""
+        there = extension if Path(f"{file.with_suffix('')}{extension}").is_file() else ""
+        if here != there:
+            counts[there, here] += 1
+    for (there, here), count in sorted(counts.items()):
+        theirs, ours = (f"the `{suffix}` files" if suffix else "no caption files" for suffix in (there, here))
+        advice = f"move the `{here}` files elsewhere" if here else f"rename the `{there}` files to `.txt`"
         ledger.differ(
-            f"{folder}: {loose} pictures beside its subfolders are trained on here; sd-scripts leaves them out"
+            f"{folder}: of {count} pictures sd-scripts reads {theirs}, and here {ours} are read: {advice} to train "
+            "what it trains"
         )
-    for path in subfolders:
-        if not is_subset and _repeats(path) > MAX_REPEATS:
-            ledger.differ(f"{path}: its name is not read as repeats, which end at {MAX_REPEATS}: set `dataset.repeats`")
 
 
 def pictures_per_epoch(ledger: Ledger) -> int | None:
-    """Pictures times repeats, as sd-scripts counts them; None where a folder is not there."""
+    """Pictures times repeats, as they are trained here; None where a folder is not there."""
     total = 0
     for scope in scopes(ledger):
         if scope.is_regularisation:
             continue
         is_subset = bool(ledger.source.num_subsets)
-        folder = Path(ledger.text(scope.name("image_dir") if is_subset else "train_data_dir"))
-        try:
-            if is_subset:
-                total += _num_pictures(folder) * (ledger.whole(scope.name("num_repeats")) or 1)
-            else:
-                total += sum(_num_pictures(path) * _repeats(path) for path in folder.iterdir() if path.is_dir())
-        except OSError:
+        given = ledger.text(scope.name("image_dir") if is_subset else "train_data_dir")
+        if not given:
             return None
+        folder = Path(given)
+        repeats = ledger.whole(scope.name("num_repeats")) or 1 if is_subset else 1
+        try:
+            images = list_folder(folder).images
+        except DataError:
+            return None
+        total += sum(repeats * read_folder_name(posixpath.dirname(name_below(path, folder)))[0] for path in images)
     return total or None
 
 
@@ -177,10 +228,21 @@ def batch_sizes(ledger: Ledger) -> Sequence[tuple[str, int | None]]:
     return [(name, ledger.whole(name)) for name in names]
 
 
-def _repeats(folder: Path) -> int:
-    match = REPEATS_NAME.fullmatch(folder.name)
-    return int(match[1]) if match else 0
+def _is_read(name: str, is_subset: bool) -> bool:
+    """Whether sd-scripts trains on the picture of this name below the folder."""
+    *folders, file = name.split("/")
+    is_level = not folders if is_subset else len(folders) == 1 and _read_name(folders[0])[0] > 0
+    return is_level and posixpath.splitext(file)[1].lower() in SUFFIXES
 
 
-def _num_pictures(folder: Path) -> int:
-    return sum(is_image_name(path) and path.is_file() for path in folder.iterdir())
+def _read_name(folder: str) -> tuple[int, str]:
+    """Repeats, 0 for a folder that is left out, and class token, as sd-scripts reads them from a folder's name."""
+    number, _, class_token = folder.partition("_")
+    try:
+        return max(0, int(number)), class_token
+    except ValueError:
+        return 0, ""
+
+
+def _extension(ledger: Ledger, scope: Scope) -> str:
+    return ledger.text(scope.name("caption_extension")) or ledger.text("caption_extention") or ".caption"

@@ -88,7 +88,7 @@ def _prompts(ledger: Ledger) -> list[dict[str, str]]:
         return [_parsed(line) for line in _lines(text)]
     path = Path(text)
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":
             items = cast("Sequence[object]", json.loads(content))
         elif path.suffix == ".toml":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,8 @@ from lora_diffusion.models.quantise import QuantiseKind, check_quantise, quantis
 from lora_diffusion.models.schedules import evidence_of_scheduler, resolve_scheduler
 from lora_diffusion.models.single_file import checkpoint_schedule, read_checkpoint
 from lora_diffusion.progress import Track, silent
+
+logger = logging.getLogger(__name__)
 
 HUB_FILES = ("model_index.json", "*/*.json", "tokenizer*/*")
 HUB_WEIGHTS = tuple(f"{part}/{weight_stem(part)}" for part in PARTS["sdxl"])  # the other families have fewer parts
@@ -68,7 +71,7 @@ def load_model(
     source = find(path)
     evidence = detect_family(source)
     _check_family(source, family, evidence)
-    _check_configs(configs)
+    _check_configs(source, configs)
     found = evidence.family
     if vae_dtype is None:
         vae_dtype = _vae_dtype(dtype, torch.device(device))
@@ -166,9 +169,17 @@ def detect_family(source: Path) -> Evidence:
     return family_of_checkpoint({name: info.shape for name, info in read_header(source).tensors.items()})
 
 
-def _check_configs(configs: Path | None) -> None:
-    if configs is not None and not configs.is_dir():
+def _check_configs(source: Path, configs: Path | None) -> None:
+    if configs is None:
+        return
+    if not configs.is_dir():
         raise ModelError(f"model.configs is {str(configs)!r}, which is no folder. Give a folder in diffusers layout.")
+    if source.is_dir():
+        logger.warning(
+            "model.configs is not used: it is for single-file checkpoints, and %s is a folder with its own. Leave it "
+            "out, or correct the files there.",
+            source,
+        )
 
 
 def _check_family(source: Path, asked: str, evidence: Evidence) -> None:

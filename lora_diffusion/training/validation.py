@@ -20,17 +20,18 @@ NUM_TIMESTEPS = 4
 
 
 def split_validation(samples: Sequence[Sample], fraction: float, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """(training, validation): a picture is in exactly one of them, whatever its repeats.
+    """(training, validation): a picture is in exactly one of them with all its copies, whatever its repeats.
 
     The choice is a function of the picture's id and the seed, so adding a picture does not reshuffle the others.
     At least one picture is left on either side when `fraction` is above 0 and there are two.
     """
-    if fraction <= 0 or len(samples) < 2:
+    num_pictures = len({sample.content for sample in samples})
+    if fraction <= 0 or num_pictures < 2:
         return list(samples), []
-    count = min(max(1, round(len(samples) * fraction)), len(samples) - 1)
+    count = min(max(1, round(num_pictures * fraction)), num_pictures - 1)
     ranked = sorted(samples, key=lambda sample: stream_seed(seed, "validation", sample.id))
-    held_out = {sample.id for sample in ranked[:count]}
-    return [s for s in samples if s.id not in held_out], [s for s in samples if s.id in held_out]
+    held_out = set(list(dict.fromkeys(sample.content for sample in ranked))[:count])
+    return [s for s in samples if s.content not in held_out], [s for s in samples if s.content in held_out]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from lora_diffusion.captioning.find import captioners, find_captioner
 from lora_diffusion.captioning.folder import Picture, caption_pictures, choose_pictures
 from lora_diffusion.captioning.proposals import Proposal, Proposals
 from lora_diffusion.cli import app
-from lora_diffusion.container import ContainerError
+from lora_diffusion.container import ContainerError, read_header
 from lora_diffusion.errors import UserError
 from tests.captioners import save_tiny_blip, save_tiny_llava
 
@@ -281,6 +281,33 @@ def test_captioners_at_hand_are_folders_and_what_the_hub_cached(
     assert captioners(models) == [str(models / "mine"), "a/good"]
     assert captioners(tmp_path / "nowhere") == ["a/good"]
     assert find_captioner("a/good") == cache / "models--a--good" / "snapshots" / "0123"
+
+
+def test_what_an_interrupted_download_lacks_is_downloaded(
+    blip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    snapshot = cache / "models--a--large" / "snapshots" / "0123"
+    shutil.copytree(blip, snapshot)
+    (cache / "models--a--large" / "refs").mkdir()
+    (cache / "models--a--large" / "refs" / "main").write_text("0123")
+    shard = "model-00001-of-00001.safetensors"
+    (snapshot / "model.safetensors").rename(tmp_path / shard)
+    weight_map = dict.fromkeys(read_header(tmp_path / shard).tensors, shard)
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    asked: list[str] = []
+
+    def download(repo: str, **_: object) -> str:
+        asked.append(repo)
+        shutil.copy(tmp_path / shard, snapshot)
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+
+    assert find_captioner("a/large") == snapshot
+    assert find_captioner("a/large") == snapshot
+    assert asked == ["a/large"], "what is whole is not asked for"
 
 
 def caption(*arguments: str) -> Result:

@@ -122,7 +122,27 @@ def test_txt_wins_over_caption_and_both_win_over_metadata(tmp_path: Path):
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     scan = scan_folder(tmp_path, buckets=BUCKETS)
     assert captions(scan) == {"a.png": "from txt", "b.png": "from caption", "c.png": "from metadata"}
-    assert kinds(scan) == ["several caption files"]
+    assert kinds(scan) == ["several caption files"] * 2
+    assert [note.message for note in scan.notes] == [
+        "a.txt is used, not a.caption or its line in metadata.jsonl",
+        "b.caption is used, not its line in metadata.jsonl",
+    ]
+
+
+def test_a_metadata_line_that_says_the_same_as_the_text_file_or_nothing_is_not_noted(tmp_path: Path):
+    for name in ("a", "b"):
+        draw(tmp_path / f"{name}.png", ord(name)).with_suffix(".txt").write_text("a  house\n")
+    lines = [{"file_name": "a.png", "text": "a  house"}, {"file_name": "b.png", "text": ""}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert kinds(scan_folder(tmp_path, buckets=BUCKETS)) == []
+
+
+def test_an_empty_text_in_metadata_does_not_hide_the_caption_beside_it(tmp_path: Path):
+    draw(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": " ", "caption": "a dog"}')
+    scan = scan_folder(tmp_path, buckets=BUCKETS)
+    assert captions(scan) == {"a.png": "a dog"}
+    assert kinds(scan) == []
 
 
 def test_metadata_takes_both_common_spellings_tags_and_subfolders(tmp_path: Path):

@@ -253,11 +253,92 @@ def test_where_they_cannot_be_counted_it_is_told_what_to_set(importing: Import) 
 
 
 def test_pictures_that_only_this_program_trains_on_are_named(importing: Import, tmp_path: Path) -> None:
-    pictures(tmp_path / "pictures" / "2_ink", 1)
-    pictures(tmp_path / "pictures" / "unsorted", 1)
-    imported, _ = importing({})
+    data = tmp_path / "pictures"
+    pictures(data / "2_ink", 2)
+    pictures(data / "2_ink" / "old", 3)
+    pictures(data / "unsorted" / "deep", 1)
+    (data / "loose.png").touch()
+    (data / "2_ink" / "a.gif").touch()
+    imported, config = importing({"max_train_epochs": 1, "save_every_n_epochs": 1})
+    told = (
+        "pictures: pictures that are trained on here and that sd-scripts leaves out: 1 in 2_ink (.gif), 3 in "
+        "2_ink/old, 1 in the folder itself, 1 in unsorted/deep; move elsewhere what shall not be trained"
+    )
 
-    assert "pictures: pictures in unsorted are trained on here; sd-scripts leaves them out" in imported.report()
+    assert told in imported.ledger.differences
+    assert config.run.save_every == 14, "6 pictures twice, 2 once"
+
+
+def test_of_a_subset_only_the_folder_itself_is_read_by_sd_scripts(importing: Import, tmp_path: Path) -> None:
+    pictures(tmp_path / "a", 1)
+    pictures(tmp_path / "a" / "x" / "y", 2)
+    for number in range(10):
+        pictures(tmp_path / "a" / f"z{number}", 1)
+    text = '[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nimage_dir = "a"\nnum_repeats = 3\n'
+    (tmp_path / "data.toml").write_text(text, encoding="utf-8")
+    imported, config = importing({"dataset_config": "data.toml", "max_train_epochs": 1, "save_every_n_epochs": 1})
+    (told,) = [text for text in imported.ledger.differences if text.startswith("a: ")]
+
+    assert "1 in z0, 1 in z1, " in told and told.endswith(
+        ", the rest in 3 more; move elsewhere what shall not be trained"
+    )
+    assert config.run.save_every == 39
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("10", "10 repeats from its name, which says nothing here: rename it to `10_name`"),
+        ("10_", "10 repeats from its name, which says nothing here: rename it to `10_name`"),
+        ("010_cat", "10 repeats and the caption 'cat' from its name, which says nothing here: rename it to `10_cat`"),
+        ("2024_summer", "2024 repeats and the caption 'summer' from its name, which says nothing here: move it out of"),
+        ("10_cat", ""),
+        ("1", ""),
+        ("0_cat", ""),
+        ("cat", ""),
+    ],
+)
+def test_a_folder_name_that_is_read_in_another_way_is_told(
+    importing: Import, tmp_path: Path, name: str, told: str
+) -> None:
+    pictures(tmp_path / "pictures" / name, 1)
+    differences = [text for text in importing({})[0].ledger.differences if "from its name" in text]
+
+    assert len(differences) == bool(told)
+    assert all(text.startswith(f"{Path('pictures', name)}: sd-scripts reads {told}") for text in differences)
+
+
+def captioned(folder: Path, *suffixes: str) -> None:
+    """A picture with a caption file of each suffix."""
+    pictures(folder, 1)
+    for suffix in suffixes:
+        (folder / f"0{suffix}").write_text(f"from {suffix}", encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("extension", "suffixes", "told"),
+    [
+        ("", (".txt", ".caption"), "the `.caption` files, and here the `.txt` files are read: move the `.txt` files"),
+        (".caption", (".txt", ".caption"), "the `.caption` files, and here the `.txt` files are read"),
+        ("", (".txt",), "no caption files, and here the `.txt` files are read: move the `.txt` files elsewhere"),
+        (".txt", (".caption",), "no caption files, and here the `.caption` files are read"),
+        (".tags", (".tags",), "the `.tags` files, and here no caption files are read: rename the `.tags` files"),
+        (".txt", (".txt", ".caption"), ""),
+        (".txt", (".txt",), ""),
+        ("", (".caption",), ""),
+        ("", (), ""),
+    ],
+)
+def test_captions_that_are_read_from_other_files_than_by_sd_scripts_are_told(
+    importing: Import, tmp_path: Path, extension: str, suffixes: tuple[str, ...], told: str
+) -> None:
+    for name in ("1_a", "2_b"):
+        captioned(tmp_path / "pictures" / name, *suffixes)
+    imported, _ = importing({"caption_extension": extension} if extension else {})
+    differences = [text for text in imported.ledger.differences if text.startswith("pictures: of ")]
+
+    assert len(differences) == bool(told)
+    assert all(text.startswith(f"pictures: of 2 pictures sd-scripts reads {told}") for text in differences)
 
 
 # --- dataset configs -------------------------------------------------------------------------------------------------
@@ -402,11 +483,12 @@ def test_additional_parameters_count_more_than_the_fields(importing: Import) -> 
     assert imported.ledger.without_effect["min_snr_gamma"] == "`additional_parameters` says otherwise"
 
 
-def test_prompts_and_their_options_become_previews(importing: Import, tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_prompts_and_their_options_become_previews(importing: Import, tmp_path: Path, encoding: str) -> None:
     (tmp_path / "p.txt").write_text(
         "# comment\na cat --n dog --w 520 --h 768 --d 3 --s 20 --l 6\n"
         "a tree --n dog --w 520 --h 768 --d 4 --s 20 --l 6\n",
-        encoding="utf-8",
+        encoding=encoding,
     )
     settings = {"sample_prompts": "p.txt", "sample_every_n_steps": 50, "sample_sampler": "k_euler_a"}
     imported, config = importing(settings)

@@ -187,6 +187,15 @@ def test_configs_that_are_no_folder_are_an_error(sdxl: Path, tmp_path: Path) -> 
         load_model(path, configs=tmp_path / "nowhere")
 
 
+def test_configs_beside_a_folder_are_said_not_to_be_used(
+    sd2: Path, sdxl: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    load_model(make_single_file(sd2, tmp_path / "all.safetensors"), configs=sd2)
+    assert "model.configs" not in caplog.text
+    assert load_model(sd2, configs=sdxl).scheduler_config == load_model(sd2).scheduler_config
+    assert f"model.configs is not used: it is for single-file checkpoints, and {sd2} is a folder" in caplog.text
+
+
 def test_a_file_of_another_size_than_the_published_one_needs_configs(folder: Path, tmp_path: Path) -> None:
     path = make_single_file(folder, tmp_path / "all.safetensors")
     with pytest.raises(ModelError, match=r"does not fit the configs of sd.*set model.configs"):

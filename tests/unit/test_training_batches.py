@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,10 @@ import pytest
 import torch
 
 from lora_diffusion.data.buckets import Bucket, Crop, Fit, Size, fit
+from lora_diffusion.data.folder import scan_folder
+from lora_diffusion.streams import stream_seed
 from lora_diffusion.training.batches import Batch, BatchSource, LoadedBatches, Share, sample_sizes
+from lora_diffusion.training.validation import split_validation
 from tests.training_runs import draw_pictures, prepare, write_config
 
 
@@ -71,6 +75,51 @@ def test_a_folder_in_two_tables_has_noise_and_timesteps_of_its_own_in_each(tiny_
         for name, timestep in zip(batch.names, batch.timesteps.tolist(), strict=True):
             drawn.setdefault(name, set()).add(timestep)
     assert [len(timesteps) for timesteps in drawn.values()] == [2] * 7
+
+
+def test_copies_of_a_picture_are_kept_for_validation_together_or_not_at_all(tmp_path: Path) -> None:
+    pictures = draw_pictures(tmp_path / "5_all")
+    shutil.copytree(pictures, tmp_path / "10_face")
+    samples = scan_folder(tmp_path, buckets=[Bucket(32, 32)]).samples
+    held_out: set[str] = set()
+    for seed in range(10):
+        training, validation = split_validation(samples, 0.3, seed)
+        assert {sample.content for sample in training}.isdisjoint(sample.content for sample in validation)
+        assert (len(training), len(validation)) == (14, 6)
+        held_out |= {sample.content for sample in validation}
+    assert len(held_out) > 5, "the seed chooses"
+    assert split_validation(samples[:1] + samples[10:11], 0.3, 0) == ([samples[0], samples[10]], [])
+
+
+def test_which_pictures_are_kept_for_validation_is_said_by_their_ids_as_ever(tmp_path: Path) -> None:
+    samples = scan_folder(draw_pictures(tmp_path), buckets=[Bucket(32, 32)]).samples
+    ranked = sorted(samples, key=lambda sample: stream_seed(7, "validation", sample.id))
+    training, validation = split_validation(samples, 0.3, 7)
+    assert validation == [sample for sample in samples if sample in ranked[:3]]
+    assert training == [sample for sample in samples if sample in ranked[3:]]
+
+
+def test_a_run_that_can_keep_no_picture_for_validation_says_so(
+    tiny_sd1: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pictures = draw_pictures(tmp_path / "pictures", 1)
+    config = write_config(tmp_path / "run.toml", tiny_sd1, pictures, validation={"every": 1, "fraction": 0.3})
+    trainer = prepare(config, f"dataset.1.path={pictures}", "dataset.1.resolution=32")
+    assert trainer.validator is None
+    assert "validation needs two different pictures" in caplog.text
+
+
+def test_a_resolution_that_cannot_be_trained_exactly_is_told_with_the_sizes_that_can(
+    tiny_sd1: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = write_config(tmp_path / "run.toml", tiny_sd1, draw_pictures(tmp_path / "pictures", 2))
+    prepare(config, "dataset.0.buckets=false")
+    assert "is trained at" not in caplog.text
+    samples = prepare(config, "dataset.0.buckets=false", "dataset.0.resolution=[50, 64]").source.samples
+    assert {sample.bucket for sample in samples} == {(32, 64)}
+    assert "resolution 50x64 is trained at 32x64, as sides are multiples of 32 px. Set it to that, or to 64x64." in (
+        caplog.text
+    )
 
 
 def test_number_of_workers_changes_nothing(source: BatchSource) -> None:

@@ -293,6 +293,13 @@ def test_the_crop_is_that_of_the_training() -> None:
         buckets_for(10_000, 64)
 
 
+def test_buckets_are_those_of_the_bases_for_a_resolution(datasets: Datasets) -> None:
+    looked_at(datasets)
+    steps = {side: datasets.view(SET, {}, resolution=side)["step"] for side in (64, 512, 768, 1024)}
+
+    assert steps == {64: 16, 512: 64, 768: 64, 1024: 32}
+
+
 def test_tokens_are_counted_as_the_trainer_does(tmp_path: Path) -> None:
     from transformers import CLIPTokenizer
 

@@ -52,7 +52,7 @@ def presets(folder: Path = CONFIGS) -> dict[str, Preset]:
     texts: dict[str, str] = {}
     for path in sorted(folder.glob("*.toml"), key=lambda path: (path.stem != FIRST, path.stem)):
         try:
-            texts[path.stem] = path.read_text(encoding="utf-8")
+            texts[path.stem] = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError):
             continue
     found = {id: preset for id, text in (texts or {"style": PLAIN}).items() if (preset := _preset(id, text))}
