@@ -39,6 +39,12 @@ SAMPLERS: dict[str, Sampler] = {
 
 _PREDICTION_TYPES = {"epsilon": "epsilon", "v": "v_prediction"}
 
+_FOR_LATENTS = {"clip_sample": False, "thresholding": False, "steps_offset": 1}
+"""Whatever the model's file says: latents are not bound to ±1, and Stable Diffusion's steps start at 1.
+
+Old files and those of another sampler say otherwise or nothing; diffusers' StableDiffusionPipeline corrects them, too.
+"""
+
 
 class Scheduler(Protocol):
     """What we use of a diffusers scheduler. One instance draws one batch: it counts its steps."""
@@ -66,9 +72,9 @@ def build_scheduler(
 ) -> Scheduler:
     """A fresh scheduler with `steps` steps, for a model's `scheduler_config.json` and its noise schedule.
 
-    The model's file decides betas, step offset and spacing; `schedule` decides the prediction type and zero terminal
-    SNR, where the last training step must be visited: trailing spacing (Lin et al. 2023, arXiv:2305.08891, section
-    3.3). Raises UserError for an unknown sampler and for one that cannot start from pure noise.
+    The model's file decides betas and spacing; `schedule` decides the prediction type and zero terminal SNR, where
+    the last training step must be visited: trailing spacing (Lin et al. 2023, arXiv:2305.08891, section 3.3).
+    Raises UserError for an unknown sampler and for one that cannot start from pure noise.
     """
     import diffusers
 
@@ -76,7 +82,7 @@ def build_scheduler(
 
     sampler = sampler_named(name)
     scheduler_class = getattr(diffusers, sampler.scheduler)
-    options = {**sampler.options, "prediction_type": _PREDICTION_TYPES[schedule.prediction]}
+    options = {**_FOR_LATENTS, **sampler.options, "prediction_type": _PREDICTION_TYPES[schedule.prediction]}
     if has_zero_terminal_snr(schedule):
         if not _can_start_from_pure_noise(scheduler_class):
             able = [key for key, s in SAMPLERS.items() if _can_start_from_pure_noise(getattr(diffusers, s.scheduler))]
