@@ -39,7 +39,13 @@ SAMPLERS: dict[str, Sampler] = {
 
 _PREDICTION_TYPES = {"epsilon": "epsilon", "v": "v_prediction"}
 
-_FOR_LATENTS = {"clip_sample": False, "thresholding": False, "steps_offset": 1}
+_OF_THE_MODEL = (
+    *("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas"),
+    *("set_alpha_to_one", "timestep_spacing"),
+)
+"""What a scheduler_config.json says of the model. All else is of the sampler that it was saved with."""
+
+_FOR_LATENTS = {"clip_sample": False, "steps_offset": 1}
 """Whatever the model's file says: latents are not bound to ±1, and Stable Diffusion's steps start at 1.
 
 Old files and those of another sampler say otherwise or nothing; diffusers' StableDiffusionPipeline corrects them, too.
@@ -72,9 +78,10 @@ def build_scheduler(
 ) -> Scheduler:
     """A fresh scheduler with `steps` steps, for a model's `scheduler_config.json` and its noise schedule.
 
-    The model's file decides betas and spacing; `schedule` decides the prediction type and zero terminal SNR, where
-    the last training step must be visited: trailing spacing (Lin et al. 2023, arXiv:2305.08891, section 3.3).
-    Raises UserError for an unknown sampler and for one that cannot start from pure noise.
+    The model's file decides betas and spacing, `name` alone the sampler; `schedule` decides the prediction type and
+    zero terminal SNR, where the last training step must be visited: trailing spacing (Lin et al. 2023,
+    arXiv:2305.08891, section 3.3). Raises UserError for an unknown sampler and for one that cannot start from pure
+    noise.
     """
     import diffusers
 
@@ -90,8 +97,9 @@ def build_scheduler(
                 f"Sampler {name!r} cannot draw with a model of zero terminal SNR. Use one of: {', '.join(able)}."
             )
         options |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    of_the_model = {key: model_config[key] for key in _OF_THE_MODEL if key in model_config}
     with without_extras():  # it imports every scheduler that could take its place
-        scheduler = scheduler_class.from_config(dict(model_config), **options)
+        scheduler = scheduler_class.from_config(of_the_model, **options)
     scheduler.set_timesteps(steps, device=device)
     return scheduler
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -118,6 +119,27 @@ def test_where_the_file_names_no_betas_drawing_has_the_noise_of_training(name: s
     scheduler: Any = build_scheduler(name, config, noise_schedule, 5, CPU)
     assert torch.equal(scheduler.alphas_cumprod, noise_schedule.alphas_cumprod)
     assert torch.equal(noise_schedule.alphas_cumprod, schedule().alphas_cumprod)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"use_karras_sigmas": True},
+        {"use_exponential_sigmas": True},
+        {"use_beta_sigmas": True, "use_lu_lambdas": True, "final_sigmas_type": "sigma_min"},
+        {"algorithm_type": "sde-dpmsolver++", "solver_order": 3, "solver_type": "heun", "lower_order_final": False},
+        {"predict_x0": False, "solver_type": "bh1", "interpolation_type": "log_linear", "timestep_type": "continuous"},
+    ],
+)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_name_alone_decides_the_sampler_not_the_one_the_file_was_saved_with(
+    name: str, said: dict[str, Any]
+) -> None:
+    told = build_scheduler(name, CONFIG | said, schedule(), 5, CPU)
+    silent = build_scheduler(name, CONFIG, schedule(), 5, CPU)
+    takes = inspect.signature(type(told).__init__).parameters
+    assert {key: told.config.get(key) for key in takes} == {key: silent.config.get(key) for key in takes}
+    assert torch.equal(told.timesteps, silent.timesteps)
 
 
 def test_an_unknown_sampler_is_refused_with_the_nearest_name() -> None:
