@@ -57,7 +57,7 @@ SD1: Configs = {
     "unet": _UNET | {"attention_head_dim": 8, "cross_attention_dim": 768},
     "vae": _VAE,
     "text_encoder": _CLIP_L,
-    "scheduler": SCHEDULER | {"timestep_spacing": "leading"},
+    "scheduler": SCHEDULER,
 }
 SD2: Configs = {
     "unet": _UNET | {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "use_linear_projection": True},
@@ -72,7 +72,7 @@ SD2: Configs = {
         "projection_dim": 512,
         "pad_token_id": 0,
     },
-    "scheduler": SCHEDULER | {"timestep_spacing": "leading"},
+    "scheduler": SCHEDULER,
 }
 SD2_V: Configs = SD2 | {"unet": SD2["unet"] | {"sample_size": 96, "upcast_attention": True}}
 SDXL: Configs = {
