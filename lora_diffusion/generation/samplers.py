@@ -101,6 +101,7 @@ def build_scheduler(
     with without_extras():  # it imports every scheduler that could take its place
         scheduler = scheduler_class.from_config(of_the_model, **options)
     scheduler.set_timesteps(steps, device=device)
+    _end_at_zero(scheduler)
     return scheduler
 
 
@@ -112,6 +113,21 @@ def has_zero_terminal_snr(schedule: NoiseSchedule) -> bool:
 def takes_generator(scheduler: Scheduler) -> bool:
     """Whether `step` can draw noise, and so must be given each picture's generator."""
     return "generator" in inspect.signature(scheduler.step).parameters
+
+
+def _end_at_zero(scheduler: Any) -> None:
+    """Take off the timestep -1 that trailing spacing in diffusers adds for some numbers of steps, as 61 and 103.
+
+    It counts down from 1000 by 1000 / steps, and after the last of them rounding can leave a little more than 0.
+    """
+    import torch
+
+    is_real = scheduler.timesteps >= 0
+    num_unreal = int((~is_real).sum())  # Heun has each twice
+    if num_unreal:
+        scheduler.timesteps = scheduler.timesteps[is_real]
+        if hasattr(scheduler, "sigmas"):  # DDIM has none; the others' end with the 0 after the last step
+            scheduler.sigmas = torch.cat([scheduler.sigmas[: -1 - num_unreal], scheduler.sigmas[-1:]])
 
 
 def _can_start_from_pure_noise(scheduler_class: type) -> bool:

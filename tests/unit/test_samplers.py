@@ -95,6 +95,22 @@ def test_the_schedule_decides_the_prediction_type_not_the_file(name: str) -> Non
     assert scheduler.config["prediction_type"] == "v_prediction"
 
 
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("steps", [1, 61, 998])  # 998: the most that `Engine` takes
+@pytest.mark.parametrize("name", sorted(SAMPLERS.keys() - {"dpm++2m-karras"}))  # which has no spacing
+def test_any_number_of_steps_visits_as_many_timesteps(name: str, steps: int, spacing: str) -> None:
+    scheduler: Any = build_scheduler(name, CONFIG | {"timestep_spacing": spacing}, schedule(), steps, CPU)
+    timesteps = scheduler.timesteps
+    assert len(timesteps) == (2 * steps - 1 if name == "heun" else steps)
+    assert len(timesteps.unique()) == steps
+    assert timesteps.min() >= 0
+    assert timesteps.max() <= 999
+    if name != "ddim":
+        assert len(scheduler.sigmas) == len(timesteps) + 1
+        assert len(scheduler.sigmas.unique()) == steps + 1
+        assert scheduler.sigmas[-1] == 0
+
+
 # What the file of another sampler, or of old, says and leaves out
 
 
