@@ -102,6 +102,8 @@ def build_scheduler(
         scheduler = scheduler_class.from_config(of_the_model, **options)
     scheduler.set_timesteps(steps, device=device)
     _end_at_zero(scheduler)
+    if hasattr(scheduler, "set_begin_index"):  # else it looks for its first timestep, and may take one that is equal
+        scheduler.set_begin_index(0)
     return scheduler
 
 
