@@ -312,7 +312,7 @@ class PreviewConfig(Section):
     """What the pictures should not show."""
     seed: Seed = 7
     """Seed of the first prompt's picture; the following ones count up."""
-    steps: int = Field(default=25, ge=1, le=1000)
+    steps: int = Field(default=25, ge=1, le=NUM_TIMESTEPS - 2)  # as `Engine` draws
     """Denoising steps per picture."""
     cfg: float = Field(default=7.0, ge=1, le=100)
     """How strictly to follow the prompt. 1: no guidance, twice as fast."""

@@ -214,7 +214,7 @@ class AdapterFile:
 
     def _metadata_for(self, format: Format, content: FileContent) -> dict[str, str]:
         """The given metadata, brought in line with the tensors."""
-        own = ("ss_network_", "lora_adapter_metadata", "sshs_", "unet:", "text_encoder:")
+        own = ("ss_network_", "lora_adapter_metadata", "sshs_", "modelspec.hash_sha256", "unet:", "text_encoder:")
         metadata = {key: text for key, text in self.metadata.items() if not key.startswith(own)}
         if format == "peft":
             metadata |= peft_metadata(self.modules)

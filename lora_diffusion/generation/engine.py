@@ -276,8 +276,9 @@ def _evaluation_mode(model: nn.Module) -> Generator[None]:
 
 
 def _check_numbers(request: Request, num_steps: int) -> None:
-    if not 1 <= request.steps <= num_steps:
-        raise UserError(f"steps is {request.steps}; it must be from 1 to {num_steps}.")
+    most = num_steps - 2  # with more, DPM++ and UniPC come to a timestep twice, or to one past the last
+    if not 1 <= request.steps <= most:
+        raise UserError(f"steps is {request.steps}; it must be from 1 to {most}.")
     if not (math.isfinite(request.cfg) and request.cfg >= 1):
         raise UserError(f"cfg is {request.cfg}; it must be 1 (no guidance) or more. Usual values are 4 to 9.")
     if not 0 <= request.seed < 2**63:

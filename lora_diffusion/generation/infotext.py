@@ -28,6 +28,7 @@ SHORT_HASH = 12  # hex digits of an adapter's hash in "Lora hashes", as A1111 an
 _FIELD = re.compile(r'\s*(?P<key>[\w][\w \-/]*): *(?P<value>"(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
 _FIELDS_LINE = re.compile(r"Steps: *\d+ *(,|$)")
 _PLAIN_SCHEDULES = ("", "Automatic", "Uniform")  # the sampler's own steps, in A1111's words
+_KARRAS_UNLESS_SAID = ("DPM++ 2M",)  # A1111 since 1.9 and Forge: with no schedule type, or "Automatic"
 
 
 class ParametersError(UserError):
@@ -123,8 +124,8 @@ def read_png(path: Path) -> Parameters:
 def _fields(request: Request, model_name: str, hashes: Mapping[str, str]) -> dict[str, str]:
     sampler = SAMPLERS.get(request.sampler)
     fields = {"Steps": str(request.steps), "Sampler": sampler.label if sampler else request.sampler}
-    if sampler and sampler.schedule_type:
-        fields["Schedule type"] = sampler.schedule_type
+    if sampler and (sampler.schedule_type or sampler.label in _KARRAS_UNLESS_SAID):
+        fields["Schedule type"] = sampler.schedule_type or "Uniform"
     fields |= {"CFG scale": format_number(request.cfg), "Seed": str(request.seed)}
     if request.size:
         fields["Size"] = f"{request.size[0]}x{request.size[1]}"

@@ -12,7 +12,7 @@ from typing import Any
 Configs = dict[str, dict[str, Any]]
 """Part ("unet", "vae", "text_encoder", …, "scheduler") → its config."""
 
-_SCHEDULER = {
+SCHEDULER: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_schedule": "scaled_linear",
     "beta_start": 0.00085,
@@ -20,8 +20,8 @@ _SCHEDULER = {
     "clip_sample": False,
     "set_alpha_to_one": False,
     "steps_offset": 1,
-    "timestep_spacing": "leading",
 }
+"""What all Stable Diffusion models share; also what a folder's scheduler_config.json leaves out."""
 _VAE = {
     "in_channels": 3,
     "out_channels": 3,
@@ -57,7 +57,7 @@ SD1: Configs = {
     "unet": _UNET | {"attention_head_dim": 8, "cross_attention_dim": 768},
     "vae": _VAE,
     "text_encoder": _CLIP_L,
-    "scheduler": _SCHEDULER,
+    "scheduler": SCHEDULER,
 }
 SD2: Configs = {
     "unet": _UNET | {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "use_linear_projection": True},
@@ -72,7 +72,7 @@ SD2: Configs = {
         "projection_dim": 512,
         "pad_token_id": 0,
     },
-    "scheduler": _SCHEDULER,
+    "scheduler": SCHEDULER,
 }
 SD2_V: Configs = SD2 | {"unet": SD2["unet"] | {"sample_size": 96, "upcast_attention": True}}
 SDXL: Configs = {
@@ -102,7 +102,7 @@ SDXL: Configs = {
         "projection_dim": 1280,
         "pad_token_id": 0,
     },
-    "scheduler": _SCHEDULER,
+    "scheduler": SCHEDULER | {"timestep_spacing": "leading"},
 }
 
 PADDING = {("sd1", "text_encoder"): "<|endoftext|>", ("sd2", "text_encoder"): "!"}

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from lora_diffusion.diffusion.schedule import NoiseSchedule, Prediction, make_betas
+from lora_diffusion.models.builtin_configs import SCHEDULER
 from lora_diffusion.models.errors import ModelError
 
 TYPES: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v"}
@@ -85,6 +86,7 @@ def resolve_scheduler(
 ) -> dict[str, Any]:
     """A diffusers scheduler config with `prediction_type` and `rescale_betas_zero_snr` as they will be used.
 
+    Where `config` says nothing, Stable Diffusion's values, so that training and drawing agree.
     Raises ModelError when a setting contradicts the evidence.
     """
     if prediction == "auto":
@@ -101,7 +103,7 @@ def resolve_scheduler(
             f"model.zero_terminal_snr is {str(zero_terminal_snr).lower()}, but {evidence.zero_terminal_snr_fact}: the "
             "noise would not be what the base was trained with. Use 'auto'; if that file is wrong, correct it there."
         )
-    resolved = {name: value for name, value in config.items() if not name.startswith("_")}
+    resolved = SCHEDULER | {name: value for name, value in config.items() if not name.startswith("_")}
     resolved["prediction_type"] = _DIFFUSERS_TYPES[prediction]
     resolved["rescale_betas_zero_snr"] = zero_terminal_snr
     return resolved
@@ -113,9 +115,9 @@ def schedule_of(config: Mapping[str, Any]) -> NoiseSchedule:
         betas = torch.tensor(config["trained_betas"], dtype=torch.float32)
     else:
         betas = make_betas(
-            config.get("beta_schedule", "scaled_linear"),
-            config.get("beta_start", 0.00085),
-            config.get("beta_end", 0.012),
-            config.get("num_train_timesteps", 1000),
+            config["beta_schedule"],
+            config["beta_start"],
+            config["beta_end"],
+            config["num_train_timesteps"],
         )
     return NoiseSchedule.from_betas(betas, TYPES[config["prediction_type"]], config["rescale_betas_zero_snr"])

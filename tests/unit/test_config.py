@@ -89,6 +89,10 @@ def test_alpha_follows_the_rank_when_it_is_not_given() -> None:
     assert TrainConfig.parse(MINIMAL + "[adapter]\nrank = 4").adapter.alpha == 4
 
 
+def test_previews_have_no_more_steps_than_every_sampler_can_draw() -> None:
+    assert "expected a whole number from 1 to 998" in problems_of(MINIMAL, "preview.steps=999")[0]
+
+
 def test_a_written_config_reads_back_as_the_same_config() -> None:
     text = MINIMAL.replace("steps", "epochs") + (
         '[[dataset]]\npath = "b \\" \\\\ ü"\nresolution = [64, 128]\nflip = true\n'

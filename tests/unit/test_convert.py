@@ -198,12 +198,14 @@ def test_a_missing_alpha_is_written_and_told(tmp_path: Path) -> None:
 
 def test_metadata_goes_along_and_what_describes_tensors_is_made_anew(tmp_path: Path) -> None:
     given = {"ss_output_name": "ink", "modelspec.title": "Ink", "own": "text", "sshs_model_hash": "false"}
-    source = saved(tmp_path / "a.safetensors", sd1_modules(), given | {"ss_network_dim": "5"})
+    false = {"ss_network_dim": "5", "modelspec.hash_sha256": "0x12"}
+    source = saved(tmp_path / "a.safetensors", sd1_modules(), given | false)
     metadata = read_header(there_and_back(source, tmp_path)).metadata
 
     assert {key: metadata[key] for key in given if key[:4] != "sshs"} == {k: given[k] for k in given if k[:4] != "sshs"}
     assert metadata["ss_base_model_version"] == "sd_v1"
     assert len(metadata["sshs_model_hash"]) == 64
+    assert "modelspec.hash_sha256" not in metadata
     assert "lora_adapter_metadata" not in metadata
 
 

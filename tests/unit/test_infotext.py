@@ -80,6 +80,12 @@ def test_the_text_has_the_form_other_programs_read() -> None:
     )
 
 
+def test_plain_dpm_is_written_so_that_other_programs_do_not_take_it_for_karras() -> None:
+    text = write_parameters(Request("a cat", sampler="dpm++2m"), "", {})
+    assert "Sampler: DPM++ 2M, Schedule type: Uniform, CFG scale" in text
+    assert "Schedule type" not in write_parameters(Request("a cat", sampler="euler"), "", {})
+
+
 def test_a_picture_of_another_program_is_read() -> None:
     text = (
         "masterpiece, a cat <lora:ink_v2:0.7>\nin a hat\nNegative prompt: blurry,\nugly\n"
