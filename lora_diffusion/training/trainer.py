@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from lora_diffusion.adapters.joint import JointLayout
 from lora_diffusion.data.cache import TextCache
-from lora_diffusion.errors import RunError, UserError
 from lora_diffusion.generation.engine import Cancelled
 from lora_diffusion.models.base import Conditioning
 from lora_diffusion.runs import Control, RunFolder
@@ -25,14 +24,14 @@ from lora_diffusion.training.batches import Batch, BatchSource, LoadedBatches
 from lora_diffusion.training.checkpoint import Checkpoint, save_checkpoint
 from lora_diffusion.training.export import Exporter
 from lora_diffusion.training.heartbeat import kept_alive
-from lora_diffusion.training.optimizers import drop_ended_gradients, has_ended, set_learning_rate
+from lora_diffusion.training.optimizers import drop_ended_gradients, load_state, part_has_ended, set_learning_rate
 from lora_diffusion.training.plan import Plan
 from lora_diffusion.training.previews import Previewer
 from lora_diffusion.training.quiet_step import QuietLoop, QuietMember, QuietStep, ResidentTexts
 from lora_diffusion.training.regularise import Regulariser
 from lora_diffusion.training.signals import StopRequest
 from lora_diffusion.training.step import DenoisingLoss, cached_text
-from lora_diffusion.training.tracking import Console, Dispensable, MetricsFile
+from lora_diffusion.training.tracking import Console, Dispensable, MetricsFile, not_finite
 from lora_diffusion.training.validation import Validator
 
 logger = logging.getLogger(__name__)
@@ -128,6 +127,8 @@ class Trainer:
             total = self._losses_of(micro_batches)
         values = self.update(total, micro_batches)
         self.end_step(values, time.perf_counter() - started)
+        self.save_if_due()
+        self.do_what_is_due()
 
     def next_micro_batches(self) -> list[Batch]:
         """Those of the next optimiser step, on the device, in the order of their backward passes."""
@@ -187,6 +188,7 @@ class Trainer:
         with self.kept_on_error():  # the update comes last and takes no memory
             self._quiet_step({0: self.next_inputs()})
         self.end_launch(started)
+        self.save_if_due()
         self.do_what_is_due()
 
     def start_quietly(self, num_beside: int = 0) -> QuietMember:
@@ -256,10 +258,7 @@ class Trainer:
 
         Several processes go on without this saving: they expect a gradient from every parameter.
         """
-        encoders = [group for group in self.optimizer.param_groups if group.get("until") is not None]
-        if self.accelerator.num_processes > 1 or not all(has_ended(group, self.step) for group in encoders):
-            return None
-        if not encoders:
+        if self.accelerator.num_processes > 1 or not part_has_ended(self.optimizer, self.step):
             return None
         with torch.no_grad():
             return self.loss.encode(tuple(captions))
@@ -272,25 +271,16 @@ class Trainer:
     def _check_finite(self, value: float, what: str, lr: float, micro_batches: Sequence[Batch]) -> None:
         if math.isfinite(value):
             return
-        pairs = [pair for batch in micro_batches for pair in zip(batch.names, batch.captions, strict=True)]
-        pictures = [f"{name} ({caption!r})" for name, caption in pairs]
         # The update has not been made: the weights are those of the last good step.
         self._save_last_good()
-        kept = f"The weights of step {self.step} are in {self.run.checkpoints}. " if self.step else ""
-        raise RunError(
-            f"The {what} became {value} at step {self.step + 1} (learning rate {lr:.2e}) on {', '.join(pictures)}. "
-            "Nothing of this step was saved. "
-            f'{kept}Lower [optimizer] lr, use [run] precision = "bf16" or "fp32" instead of fp16, or look at these '
-            "pictures and captions."
-        )
+        raise not_finite(value, what, self.step, lr, micro_batches, self.run.checkpoints)
 
     # Between steps
 
     def end_step(self, values: dict[str, float], seconds: float) -> None:
-        """What is due after an update. values: what it returned. seconds: what the step took."""
+        """What is told and measured after an update. values: what it returned. seconds: what the step took."""
         self._measure_speed(seconds)
         self._log(self.step, values | self._validate())
-        self.do_what_is_due()
 
     def _validate(self) -> dict[str, float]:
         if self.validator is None or not _is_due(self.step, self.plan.validate_every, self.plan.steps):
@@ -307,14 +297,17 @@ class Trainer:
                 self._metrics.write(line)
         self._console.show(step, values["loss"], values["lr"], self._seconds_per_step)
 
-    def do_what_is_due(self) -> None:
-        plan = self.plan
+    def save_if_due(self) -> None:
         self._beat()
-        if _is_due(self.step, plan.preview_every, plan.steps):
-            self._draw_previews()
-        if plan.save_every and self.step % plan.save_every == 0 and self.step < plan.steps:
+        if self.step < self.plan.steps and _is_due(self.step, self.plan.save_every, self.plan.steps):
             self._save()
-        self._obey_control_files()
+
+    def do_what_is_due(self) -> None:
+        """Draw previews, obey control files: what is due is saved before. After the last step `draw_last` does this."""
+        if self.step < self.plan.steps:
+            if _is_due(self.step, self.plan.preview_every, self.plan.steps):
+                self._draw_previews()
+            self._obey_control_files()
 
     def _measure_speed(self, seconds: float) -> None:
         """Moving average over about ten steps: follows a machine that gets busy, ignores single hiccups."""
@@ -348,19 +341,10 @@ class Trainer:
         return float(self.accelerator.reduce(flag, "sum")) > 0  # pyright: ignore[reportArgumentType]
 
     def _draw_previews(self, asked: Mapping[str, Any] | None = None) -> None:
-        """The run's own prompts, or what `asked` says. A failed picture must not cost the training, a stop ends it."""
+        """The run's own prompts, or what `asked` says."""
         self._settle()
-        if not self.accelerator.is_main_process:
-            return
-        try:
-            if asked:
-                self.previewer.draw_asked(self.step, asked, self._on_preview_step)
-            else:
-                self.previewer.draw(self.step, self._on_preview_step)
-        except Cancelled:
-            logger.info("step %d: the preview is left out, as the run is to stop", self.step)
-        except (OSError, RuntimeError, ValueError, UserError, RunError) as error:
-            logger.warning("step %d: the preview could not be drawn (%s); training goes on", self.step, error)
+        if self.accelerator.is_main_process:
+            self.previewer.draw_in_training(self.step, asked, self._on_preview_step)
 
     def _on_preview_step(self, done: int, total: int) -> None:
         """Pictures can take minutes: whoever watches sees that the run is alive, and need not wait to stop it."""
@@ -380,10 +364,7 @@ class Trainer:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue where `checkpoint` was made. Settings of the optimiser stay those of the current config."""
         self.exporter.load_tensors(checkpoint.adapter)
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(checkpoint.optimizer)
-        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(own)
+        load_state(self.optimizer, checkpoint.optimizer)
         if self.accelerator.scaler is not None and checkpoint.facts.get("scaler"):
             self.accelerator.scaler.load_state_dict(checkpoint.facts["scaler"])
         self.step = checkpoint.step
@@ -419,14 +400,19 @@ class Trainer:
         try:
             self._save_last_good()
         except Exception as second:
-            logger.warning(
-                "%s at step %d, and what was learned before cannot be saved: %s", error, self.step + 1, second
-            )
+            logger.warning("%s after step %d; what was learned before cannot be saved: %s", error, self.step, second)
         else:
             if self.step:
-                logger.info("Step %d failed; the weights of step %d are saved.", self.step + 1, self.step)
+                logger.info("%s after step %d, whose weights are saved.", type(error).__name__, self.step)
 
     def finish(self) -> Path:
+        """What comes after the last step that is made. Returns the adapter file."""
+        adapter = self.save_last()
+        self.draw_last()
+        self.accelerator.wait_for_everyone()
+        return adapter
+
+    def save_last(self) -> Path:
         """Save what was reached. A run that was stopped keeps its step in the file name and can be resumed."""
         is_complete = self.step >= self.plan.steps
         adapter = self.run.adapter(self.name, None if is_complete else self.step)
@@ -436,10 +422,13 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.exporter.write(adapter, self.step)
             self._tell_state()
-        if is_complete and self.step > 0 and not _is_due(self.step, self.plan.preview_every, self.plan.steps):
-            self._draw_previews()
-        self.accelerator.wait_for_everyone()
         return adapter
+
+    def draw_last(self) -> None:
+        """The last previews of a run that is complete, and what was asked for during its last step."""
+        if self.step >= self.plan.steps:
+            self._draw_previews()
+            self._obey_control_files()
 
 
 def _is_due(step: int, every: int, last: int) -> bool:
