@@ -132,6 +132,8 @@ class JointTrainer:
         with self._kept_on_error():
             for number, trainer in self._now():
                 self._alone(number, partial(trainer.end_launch, started))
+            for number, trainer in self._now():
+                self._alone(number, trainer.validate_if_due)
             self._do_what_is_due()
 
     def _do_what_is_due(self) -> None:

@@ -119,14 +119,14 @@ class Trainer:
     def train_step(self) -> None:
         """One optimiser step, and what is due after it."""
         started = time.perf_counter()
-        if self.plan.launch != "eager":
+        if self.plan.launch == "eager":
+            with self.kept_on_error():
+                micro_batches = self.next_micro_batches()
+                total = self._losses_of(micro_batches)
+            values = self.update(total, micro_batches)
+            self.end_step(values, time.perf_counter() - started)
+        else:
             self._train_quietly(started)
-            return
-        with self.kept_on_error():
-            micro_batches = self.next_micro_batches()
-            total = self._losses_of(micro_batches)
-        values = self.update(total, micro_batches)
-        self.end_step(values, time.perf_counter() - started)
         self.save_if_due()
         self.do_what_is_due()
 
@@ -188,8 +188,7 @@ class Trainer:
         with self.kept_on_error():  # the update comes last and takes no memory
             self._quiet_step({0: self.next_inputs()})
         self.end_launch(started)
-        self.save_if_due()
-        self.do_what_is_due()
+        self.validate_if_due()
 
     def start_quietly(self, num_beside: int = 0) -> QuietMember:
         """Its part of steps that are launched with `next_inputs`, after each of which `end_launch` is called.
@@ -215,11 +214,18 @@ class Trainer:
         self._quiet.launched()
         self.step += 1
         self._num_owed += 1
-        validation = self._validate()
         if not self._seconds_per_step:
             self._measure_speed(time.perf_counter() - started)  # the first line wants a number, too
-        self._settle(0 if validation else _STEPS_AHEAD, validation)
+        if self._is_to_validate():
+            self._quiet.wait()  # the line of this step is to have the value
+        else:
+            self._settle(_STEPS_AHEAD)
         self._measure_speed(time.perf_counter() - started)
+
+    def validate_if_due(self) -> None:
+        """After `end_launch`, so that its time does not count as the step's."""
+        if self._is_to_validate():
+            self._settle(0, self._validate())
 
     def end_steps(self) -> None:
         """No further step is made; the thread and the processes that make batches end."""
@@ -282,10 +288,16 @@ class Trainer:
         self._measure_speed(seconds)
         self._log(self.step, values | self._validate())
 
+    def _is_to_validate(self) -> bool:
+        return self.validator is not None and _is_due(self.step, self.plan.validate_every, self.plan.steps)
+
     def _validate(self) -> dict[str, float]:
-        if self.validator is None or not _is_due(self.step, self.plan.validate_every, self.plan.steps):
+        if self.validator is None or not self._is_to_validate():
             return {}
-        return {"val_loss": self.validator.measure(self.loss, self.accelerator.device)}
+        with self.kept_on_error():
+            return self.validator.measure_in_training(
+                self.step, self.loss, self.accelerator.device, self._stay_reachable
+            )
 
     def _log(self, step: int, values: dict[str, float]) -> None:
         """A line of metrics.jsonl where one is due, and what the terminal shows."""
@@ -344,10 +356,10 @@ class Trainer:
         """The run's own prompts, or what `asked` says."""
         self._settle()
         if self.accelerator.is_main_process:
-            self.previewer.draw_in_training(self.step, asked, self._on_preview_step)
+            self.previewer.draw_in_training(self.step, asked, self._stay_reachable)
 
-    def _on_preview_step(self, done: int, total: int) -> None:
-        """Pictures can take minutes: whoever watches sees that the run is alive, and need not wait to stop it."""
+    def _stay_reachable(self, done: int, total: int) -> None:
+        """What takes minutes lets whoever watches see that the run is alive, and need not be waited for to stop it."""
         self._beat()
         self._obey_control_files(of=("stop",))
         if self.stop:
@@ -388,7 +400,7 @@ class Trainer:
 
     @contextmanager
     def kept_on_error(self) -> Generator[None]:
-        """Inside are forward and backward passes, which change no weight: if they fail, the steps before are saved."""
+        """Inside are passes, which change no weight: if they fail, what the steps before have learned is saved."""
         try:
             yield
         except Exception as error:
