@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lora_diffusion.adapters.joint import JointLayout
 from lora_diffusion.data.cache import TextCache
+from lora_diffusion.errors import RunError, UserError
 from lora_diffusion.generation.engine import Cancelled
 from lora_diffusion.models.base import Conditioning
 from lora_diffusion.runs import Control, RunFolder
@@ -278,7 +279,7 @@ class Trainer:
         if math.isfinite(value):
             return
         # The update has not been made: the weights are those of the last good step.
-        self._save_last_good()
+        self._save_checkpoint()
         raise not_finite(value, what, self.step, lr, micro_batches, self.run.checkpoints)
 
     # Between steps
@@ -383,20 +384,21 @@ class Trainer:
 
     def _save_checkpoint(self) -> None:
         self._settle()
-        if self.accelerator.is_main_process and self.step != self._saved_step:
-            save_checkpoint(self.run.checkpoints, self.checkpoint(), keep=self.plan.keep_checkpoints)
-            self._saved_step = self.step
+        if self.accelerator.is_main_process:
+            if self.step != self._saved_step:
+                save_checkpoint(self.run.checkpoints, self.checkpoint(), keep=self.plan.keep_checkpoints)
+                self._saved_step = self.step
+            self._tell_state()
 
     def _save(self) -> None:
-        """A checkpoint to resume from and an adapter file to use, both of this step."""
-        self._save_checkpoint()
-        if self.accelerator.is_main_process:
-            self.exporter.write(self.run.adapter(self.name, self.step), self.step)
-
-    def _save_last_good(self) -> None:
-        self._save_checkpoint()
-        if self.accelerator.is_main_process:
-            self._tell_state()
+        """A checkpoint to resume from and an adapter file to use, of this step. What cannot be written ends nothing."""
+        self._settle()  # a loss that is not finite does end the run
+        try:
+            self._save_checkpoint()
+            if self.accelerator.is_main_process:
+                self.exporter.write(self.run.adapter(self.name, self.step), self.step)
+        except (OSError, RunError, UserError) as error:
+            logger.warning("step %d: not all could be saved (%s); training goes on to the next save", self.step, error)
 
     @contextmanager
     def kept_on_error(self) -> Generator[None]:
@@ -410,7 +412,7 @@ class Trainer:
     def save_after(self, error: Exception) -> None:
         """Save what was learned before `error`, which an error of the saving must not hide."""
         try:
-            self._save_last_good()
+            self._save_checkpoint()
         except Exception as second:
             logger.warning("%s after step %d; what was learned before cannot be saved: %s", error, self.step, second)
         else:
@@ -433,7 +435,6 @@ class Trainer:
         self._save_checkpoint()
         if self.accelerator.is_main_process:
             self.exporter.write(adapter, self.step)
-            self._tell_state()
         return adapter
 
     def draw_last(self) -> None:

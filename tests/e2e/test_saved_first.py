@@ -75,8 +75,9 @@ def test_in_a_sweep_all_are_saved_before_one_draws(
     ]
     for _, step, saved in seen:
         for seed in (1, 2):
-            files = {2: {"000002", f"test-seed{seed}-000002.safetensors"}, 4: {"000004", f"test-seed{seed}.safetensors"}}
-            assert files.get(step, set()) <= saved[f"run-seed{seed}"]
+            name = f"test-seed{seed}"
+            expected = {0: set(), 2: {"000002", f"{name}-000002.safetensors"}, 4: {"000004", f"{name}.safetensors"}}
+            assert expected[step] <= saved[f"run-seed{seed}"]
 
 
 def test_pictures_asked_for_in_the_last_step_are_drawn_when_all_is_saved(
