@@ -199,3 +199,17 @@ def test_its_time_is_not_that_of_steps_of_other_members(
         lines = read_metrics(RunFolder(member.config.run.output).metrics)
         assert len(lines) == 4
         assert all(1.0 <= line["seconds"] <= 2.0 for line in lines)  # one pass for both, or one for each
+
+
+def test_that_one_picture_is_too_few_for_it_is_told(
+    tiny_sd1: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def told(count: int) -> list[str]:
+        caplog.clear()
+        pictures = draw_pictures(tmp_path / str(count), count)
+        prepare(write_config(tmp_path / "run.toml", tiny_sd1, pictures, validation=VALIDATION))
+        return [record.message for record in caplog.records if "validation.every" in record.message]
+
+    (message,) = told(1)
+    assert "validation.every is 2, but no picture can be kept out" in message
+    assert told(2) == []
