@@ -64,23 +64,20 @@ class Validator:
     def measure(self, loss: DenoisingLoss, device: torch.device, on_step: OnStep | None = None) -> float:
         """The unweighted-by-step mean of `loss` over every picture and timestep.
 
+        The model is in evaluation mode while it trains, too, and adapters drop nothing outside of steps.
+
         on_step: called with (pictures done, all of them) before rows are computed; an exception from it, such as
         `Cancelled`, ends the measuring.
         """
-        was_training = loss.training
-        loss.eval()
         values: list[Tensor] = []
-        try:
-            with torch.no_grad():
-                for number, sample in enumerate(self.samples):
-                    losses: list[Tensor] = []
-                    for batch in self._batches(sample, loss.model.schedule.num_steps):
-                        if on_step is not None:
-                            on_step(number, len(self.samples))
-                        losses.append(loss(batch.to(device), self.encode(batch.captions)))
-                    values.append(torch.cat(losses).mean())
-        finally:
-            loss.train(was_training)
+        with torch.no_grad():
+            for number, sample in enumerate(self.samples):
+                losses: list[Tensor] = []
+                for batch in self._batches(sample, loss.model.schedule.num_steps):
+                    if on_step is not None:
+                        on_step(number, len(self.samples))
+                    losses.append(loss(batch.to(device), self.encode(batch.captions)))
+                values.append(torch.cat(losses).mean())
         return float(torch.stack(values).mean())
 
     def _batches(self, sample: Sample, num_steps: int) -> Iterator[Batch]:

@@ -213,3 +213,18 @@ def test_that_one_picture_is_too_few_for_it_is_told(
     (message,) = told(1)
     assert "validation.every is 2, but no picture can be kept out" in message
     assert told(2) == []
+
+
+def test_it_leaves_every_module_in_its_mode(tiny_sd1: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, tiny_sd1)
+
+    def in_training_mode() -> list[str]:
+        return [name for name, module in trainer.loss.named_modules() if module.training]
+
+    during: list[str] = []
+    on_validation(trainer, lambda _: during.extend(in_training_mode()))
+    before = in_training_mode()
+    assert trainer.validator is not None
+    trainer.validator.measure(trainer.loss, trainer.accelerator.device)
+    assert in_training_mode() == before
+    assert not any(name.startswith("model.") for name in during)
