@@ -125,6 +125,8 @@ def ineffective(config: TrainConfig) -> Iterator[str]:
     if steps is not None and "save_every" in run.model_fields_set and run.save_every > steps:
         yield f"run.save_every is {run.save_every}, more than run.steps ({steps}): the only checkpoint is at the end"
     preview = config.preview
+    if preview.every and not preview.prompts and _is_changed(preview, "every"):
+        yield "preview.every has no effect without preview.prompts: no previews are drawn"
     if steps is not None and preview.prompts and "every" in preview.model_fields_set and preview.every > steps:
         yield f"preview.every is {preview.every}, more than run.steps ({steps}): previews at start and end only"
     if not config.adapter.text_encoder:

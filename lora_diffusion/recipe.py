@@ -135,6 +135,7 @@ def _assemble(
             return loss.encode(tuple(captions))
         return cached_text(text_cache, captions, accelerator.device)
 
+    validator = Validator(data.validation, latents, encode, config.run.seed, rows=config.run.batch_size)
     exporter = Exporter(
         parts=model.parts,
         adapters=adapters,
@@ -164,7 +165,7 @@ def _assemble(
         exporter=exporter,
         regulariser=Regulariser(named, config.run.seed, config.adapter.max_norm),
         previewer=previewer,
-        validator=Validator(data.validation, latents, encode, config.run.seed) if data.validation else None,
+        validator=validator if data.validation else None,
         facts={
             "config": config.model_dump(mode="json"),
             "dataset": data.fingerprint,

@@ -76,7 +76,10 @@ def read_training_set(
     fraction = config.validation.fraction if config.validation.every else 0.0
     training, validation = split_validation(samples, fraction, config.run.seed)
     if fraction and not validation:
-        logger.warning("There will be no validation loss: validation needs two different pictures, and there is one.")
+        logger.warning(
+            "validation.every is %d, but no picture can be kept out to measure on: there is only one. Add pictures, "
+            "or set validation.every = 0.", config.validation.every,
+        )  # fmt: skip
     training, validation = _told_apart(training), _told_apart(validation)
     options = [caption_options(table) for table in config.dataset]
     validation = [replace(s, caption=_plain_caption(s.caption, options[s.source])) for s in validation]

@@ -36,7 +36,7 @@ STARTING_FILES = ("config.toml", "state.json", "log.txt", "dataset.json", "contr
 PROCESS_START_TOLERANCE_S = (
     2.0  # the system's boot time, which process starts are counted from, is rounded and adjusted
 )
-MAX_SILENCE_ELSEWHERE_S = 900.0  # encoding pictures and measuring give no sign of life between steps
+MAX_SILENCE_ELSEWHERE_S = 900.0  # encoding pictures gives no sign of life
 MAX_REQUEST_BYTES = 100_000  # of a control file: some prompts and numbers
 MIN_FREE_BYTES = 100_000_000  # an adapter of rank 16 with its optimiser state is about 40 MB
 

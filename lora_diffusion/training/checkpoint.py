@@ -66,8 +66,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
-            f"{target}: the checkpoint could not be written ({error}). Earlier checkpoints are untouched; "
-            "free some space and start again with --resume."
+            f"{target}: the checkpoint could not be written ({error}). Earlier checkpoints are untouched. "
+            "Free some space; a run that has ended goes on with --resume."
         ) from error
     _rotate(folder, keep)
     return target
@@ -118,7 +118,7 @@ def _check_space(folder: Path, num_bytes: int) -> None:
     if free < num_bytes * _SPARE_FACTOR:
         raise CheckpointError(
             f"{folder}: the disk is full: a checkpoint needs {num_bytes / 1e6:.1f} MB, {free / 1e6:.1f} MB are free. "
-            "Earlier checkpoints are untouched; free some space and start again with --resume."
+            "Earlier checkpoints are untouched. Free some space; a run that has ended goes on with --resume."
         )
 
 

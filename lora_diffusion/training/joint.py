@@ -92,11 +92,18 @@ class JointTrainer:
                 return None
 
     def _let_go(self) -> None:
-        """Members that are over leave."""
-        for number, trainer in self._now():
-            if trainer.is_over():
-                self._alone(number, lambda n=number, t=trainer: self.on_end(n, t.finish()))
-                self._leave(number)
+        """Members that are over leave: all are saved before one draws its last pictures."""
+        over = [(number, trainer) for number, trainer in self._now() if trainer.is_over()]
+        with self._kept_on_error():
+            adapters = {number: self._alone(number, trainer.save_last) for number, trainer in over}
+            for number, trainer in over:
+                if adapter := adapters[number]:
+                    self._alone(number, partial(self._end, number, trainer, adapter))
+                    self._leave(number)
+
+    def _end(self, number: int, trainer: Trainer, adapter: Path) -> None:
+        trainer.draw_last()
+        self.on_end(number, adapter)
 
     def train_step(self) -> None:
         """One optimiser step of every member. Those with more micro-batches go on when the others have theirs."""
@@ -109,9 +116,11 @@ class JointTrainer:
             totals = self._losses_of(batches)
         made = {n: self._alone(n, lambda t=t, n=n: t.update(totals[n], batches[n])) for n, t in self._now()}
         seconds = time.perf_counter() - started
-        for number, trainer in self._now():
-            if values := made[number]:
-                self._alone(number, lambda t=trainer, values=values: t.end_step(values, seconds))
+        with self._kept_on_error():
+            for number, trainer in self._now():
+                if values := made[number]:
+                    self._alone(number, partial(trainer.end_step, values, seconds))
+            self._do_what_is_due()
 
     def _train_quietly(self, started: float) -> None:
         """The same step, of which the host learns later how it went."""
@@ -120,8 +129,17 @@ class JointTrainer:
         with self._kept_on_error():  # the updates come last and take no memory
             if inputs := self._drawn(Trainer.next_inputs):
                 self._quiet_step(inputs)
+        with self._kept_on_error():
+            for number, trainer in self._now():
+                self._alone(number, partial(trainer.end_launch, started))
+            for number, trainer in self._now():
+                self._alone(number, trainer.validate_if_due)
+            self._do_what_is_due()
+
+    def _do_what_is_due(self) -> None:
+        """All are saved before one draws: a picture may take more memory than there is."""
         for number, trainer in self._now():
-            self._alone(number, lambda t=trainer: t.end_launch(started))
+            self._alone(number, trainer.save_if_due)
         for number, trainer in self._now():
             self._alone(number, trainer.do_what_is_due)
 
@@ -139,7 +157,7 @@ class JointTrainer:
 
     @contextmanager
     def _kept_on_error(self) -> Generator[None]:
-        """What ends the step of all before its updates costs no member the steps before."""
+        """What ends the step of all before its updates, or what is done between steps, costs no member its steps."""
         try:
             yield
         except Exception as error:

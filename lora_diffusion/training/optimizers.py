@@ -106,6 +106,20 @@ def drop_ended_gradients(optimizer: torch.optim.Optimizer, step: int) -> None:
                 parameter.grad = None
 
 
+def part_has_ended(optimizer: torch.optim.Optimizer, step: int) -> bool:
+    """Whether there are groups that are not trained to the end of the run, and all of them have ended."""
+    groups = [group for group in optimizer.param_groups if group.get("until") is not None]
+    return bool(groups) and all(has_ended(group, step) for group in groups)
+
+
 def has_ended(group: dict[str, Any], step: int) -> bool:
     """Whether `step`, counted from 0, comes after the last one that trains this group."""
     return group.get("until") is not None and step >= group["until"]
+
+
+def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Go on with moments and step counts that another start reached; settings stay the optimiser's own."""
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from lora_diffusion.errors import UserError
-from lora_diffusion.generation.engine import Engine, Request
+from lora_diffusion.generation.engine import Cancelled, Engine, Request
 from lora_diffusion.generation.grid import contact_sheet
 from lora_diffusion.generation.infotext import save_png, write_parameters
 
@@ -33,6 +33,19 @@ class Previewer:
     template: Request
     folder: Path
     model_name: str
+
+    def draw_in_training(self, step: int, asked: Mapping[str, Any] | None, on_step: OnStep) -> None:
+        """Its own requests, or what `asked` says. A failed picture must not cost the training, a stop ends it."""
+        try:
+            if asked:
+                self.draw_asked(step, asked, on_step)
+            else:
+                self.draw(step, on_step)
+        except Cancelled:
+            logger.info("step %d: the preview is left out, as the run is to stop", step)
+        except Exception as error:  # whatever it is, the next step does not need the picture
+            told = str(error) or type(error).__name__
+            logger.warning("step %d: the preview could not be drawn (%s); training goes on", step, told)
 
     def draw(self, step: int, on_step: OnStep | None = None) -> list[Path]:
         """Write `000100-0.png` … for each prompt. The training model's random streams are not touched."""

@@ -213,6 +213,12 @@ class QuietLoop:
             self._waiting.popleft()
         return arrived
 
+    def wait(self) -> None:
+        """Until what was launched has been computed."""
+        for *_, event in self._waiting:
+            if event is not None:
+                event.synchronize()
+
     def close(self) -> None:
         """End the thread. What was launched still ends."""
         self._prepared.close()

@@ -65,6 +65,12 @@ def resume_from_newest(trainer: Trainer, complete: Callable[[dict[str, Any]], di
             "--resume: this is not the run that was started:\n  " + "\n  ".join(harmful) + "\n"
             "Restore these, or train the changed config in another [run] output."
         )
+    if checkpoint.step > trainer.plan.steps:
+        raise UserError(
+            f"--resume: the run is at step {checkpoint.step} already, and run.steps or run.epochs asks for "
+            f"{trainer.plan.steps}. Ask for {checkpoint.step} or more. To go back to an earlier checkpoint, delete the "
+            f"newer folders in {trainer.run.checkpoints}."
+        )
     for _, line in differences:
         logger.info("resuming with a changed setting: %s", line)
     trainer.restore(checkpoint)

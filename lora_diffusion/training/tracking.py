@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 
+from lora_diffusion.errors import RunError
 from lora_diffusion.files import last_bytes
+from lora_diffusion.training.batches import Batch
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +86,19 @@ def latest_per_step(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for line in metrics:
         by_step[line["step"]] = by_step.get(line["step"], {}) | line
     return [by_step[step] for step in sorted(by_step)]
+
+
+def not_finite(value: float, what: str, step: int, lr: float, batches: Sequence[Batch], checkpoints: Path) -> RunError:
+    """The error of the step after `step`, whose weights are saved: on which pictures it came, and what to change."""
+    pairs = [pair for batch in batches for pair in zip(batch.names, batch.captions, strict=True)]
+    pictures = [f"{name} ({caption!r})" for name, caption in pairs]
+    kept = f"The weights of step {step} are in {checkpoints}. " if step else ""
+    return RunError(
+        f"The {what} became {value} at step {step + 1} (learning rate {lr:.2e}) on {', '.join(pictures)}. "
+        "Nothing of this step was saved. "
+        f'{kept}Lower [optimizer] lr, use [run] precision = "bf16" or "fp32" instead of fp16, or look at these '
+        "pictures and captions."
+    )
 
 
 def memory_in_use(device: torch.device) -> str:

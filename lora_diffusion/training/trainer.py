@@ -25,14 +25,14 @@ from lora_diffusion.training.batches import Batch, BatchSource, LoadedBatches
 from lora_diffusion.training.checkpoint import Checkpoint, save_checkpoint
 from lora_diffusion.training.export import Exporter
 from lora_diffusion.training.heartbeat import kept_alive
-from lora_diffusion.training.optimizers import drop_ended_gradients, has_ended, set_learning_rate
+from lora_diffusion.training.optimizers import drop_ended_gradients, load_state, part_has_ended, set_learning_rate
 from lora_diffusion.training.plan import Plan
 from lora_diffusion.training.previews import Previewer
 from lora_diffusion.training.quiet_step import QuietLoop, QuietMember, QuietStep, ResidentTexts
 from lora_diffusion.training.regularise import Regulariser
 from lora_diffusion.training.signals import StopRequest
 from lora_diffusion.training.step import DenoisingLoss, cached_text
-from lora_diffusion.training.tracking import Console, Dispensable, MetricsFile
+from lora_diffusion.training.tracking import Console, Dispensable, MetricsFile, not_finite
 from lora_diffusion.training.validation import Validator
 
 logger = logging.getLogger(__name__)
@@ -120,14 +120,16 @@ class Trainer:
     def train_step(self) -> None:
         """One optimiser step, and what is due after it."""
         started = time.perf_counter()
-        if self.plan.launch != "eager":
+        if self.plan.launch == "eager":
+            with self.kept_on_error():
+                micro_batches = self.next_micro_batches()
+                total = self._losses_of(micro_batches)
+            values = self.update(total, micro_batches)
+            self.end_step(values, time.perf_counter() - started)
+        else:
             self._train_quietly(started)
-            return
-        with self.kept_on_error():
-            micro_batches = self.next_micro_batches()
-            total = self._losses_of(micro_batches)
-        values = self.update(total, micro_batches)
-        self.end_step(values, time.perf_counter() - started)
+        self.save_if_due()
+        self.do_what_is_due()
 
     def next_micro_batches(self) -> list[Batch]:
         """Those of the next optimiser step, on the device, in the order of their backward passes."""
@@ -187,7 +189,7 @@ class Trainer:
         with self.kept_on_error():  # the update comes last and takes no memory
             self._quiet_step({0: self.next_inputs()})
         self.end_launch(started)
-        self.do_what_is_due()
+        self.validate_if_due()
 
     def start_quietly(self, num_beside: int = 0) -> QuietMember:
         """Its part of steps that are launched with `next_inputs`, after each of which `end_launch` is called.
@@ -213,11 +215,18 @@ class Trainer:
         self._quiet.launched()
         self.step += 1
         self._num_owed += 1
-        validation = self._validate()
         if not self._seconds_per_step:
             self._measure_speed(time.perf_counter() - started)  # the first line wants a number, too
-        self._settle(0 if validation else _STEPS_AHEAD, validation)
+        if self._is_to_validate():
+            self._quiet.wait()  # the line of this step is to have the value
+        else:
+            self._settle(_STEPS_AHEAD)
         self._measure_speed(time.perf_counter() - started)
+
+    def validate_if_due(self) -> None:
+        """After `end_launch`, so that its time does not count as the step's."""
+        if self._is_to_validate():
+            self._settle(0, self._validate())
 
     def end_steps(self) -> None:
         """No further step is made; the thread and the processes that make batches end."""
@@ -256,10 +265,7 @@ class Trainer:
 
         Several processes go on without this saving: they expect a gradient from every parameter.
         """
-        encoders = [group for group in self.optimizer.param_groups if group.get("until") is not None]
-        if self.accelerator.num_processes > 1 or not all(has_ended(group, self.step) for group in encoders):
-            return None
-        if not encoders:
+        if self.accelerator.num_processes > 1 or not part_has_ended(self.optimizer, self.step):
             return None
         with torch.no_grad():
             return self.loss.encode(tuple(captions))
@@ -272,30 +278,27 @@ class Trainer:
     def _check_finite(self, value: float, what: str, lr: float, micro_batches: Sequence[Batch]) -> None:
         if math.isfinite(value):
             return
-        pairs = [pair for batch in micro_batches for pair in zip(batch.names, batch.captions, strict=True)]
-        pictures = [f"{name} ({caption!r})" for name, caption in pairs]
         # The update has not been made: the weights are those of the last good step.
-        self._save_last_good()
-        kept = f"The weights of step {self.step} are in {self.run.checkpoints}. " if self.step else ""
-        raise RunError(
-            f"The {what} became {value} at step {self.step + 1} (learning rate {lr:.2e}) on {', '.join(pictures)}. "
-            "Nothing of this step was saved. "
-            f'{kept}Lower [optimizer] lr, use [run] precision = "bf16" or "fp32" instead of fp16, or look at these '
-            "pictures and captions."
-        )
+        self._save_checkpoint()
+        raise not_finite(value, what, self.step, lr, micro_batches, self.run.checkpoints)
 
     # Between steps
 
     def end_step(self, values: dict[str, float], seconds: float) -> None:
-        """What is due after an update. values: what it returned. seconds: what the step took."""
+        """What is told and measured after an update. values: what it returned. seconds: what the step took."""
         self._measure_speed(seconds)
         self._log(self.step, values | self._validate())
-        self.do_what_is_due()
+
+    def _is_to_validate(self) -> bool:
+        return self.validator is not None and _is_due(self.step, self.plan.validate_every, self.plan.steps)
 
     def _validate(self) -> dict[str, float]:
-        if self.validator is None or not _is_due(self.step, self.plan.validate_every, self.plan.steps):
+        if self.validator is None or not self._is_to_validate():
             return {}
-        return {"val_loss": self.validator.measure(self.loss, self.accelerator.device)}
+        with self.kept_on_error():
+            return self.validator.measure_in_training(
+                self.step, self.loss, self.accelerator.device, self._stay_reachable
+            )
 
     def _log(self, step: int, values: dict[str, float]) -> None:
         """A line of metrics.jsonl where one is due, and what the terminal shows."""
@@ -307,14 +310,17 @@ class Trainer:
                 self._metrics.write(line)
         self._console.show(step, values["loss"], values["lr"], self._seconds_per_step)
 
-    def do_what_is_due(self) -> None:
-        plan = self.plan
+    def save_if_due(self) -> None:
         self._beat()
-        if _is_due(self.step, plan.preview_every, plan.steps):
-            self._draw_previews()
-        if plan.save_every and self.step % plan.save_every == 0 and self.step < plan.steps:
+        if self.step < self.plan.steps and _is_due(self.step, self.plan.save_every, self.plan.steps):
             self._save()
-        self._obey_control_files()
+
+    def do_what_is_due(self) -> None:
+        """Draw previews, obey control files: what is due is saved before. After the last step `draw_last` does this."""
+        if self.step < self.plan.steps:
+            if _is_due(self.step, self.plan.preview_every, self.plan.steps):
+                self._draw_previews()
+            self._obey_control_files()
 
     def _measure_speed(self, seconds: float) -> None:
         """Moving average over about ten steps: follows a machine that gets busy, ignores single hiccups."""
@@ -348,22 +354,13 @@ class Trainer:
         return float(self.accelerator.reduce(flag, "sum")) > 0  # pyright: ignore[reportArgumentType]
 
     def _draw_previews(self, asked: Mapping[str, Any] | None = None) -> None:
-        """The run's own prompts, or what `asked` says. A failed picture must not cost the training, a stop ends it."""
+        """The run's own prompts, or what `asked` says."""
         self._settle()
-        if not self.accelerator.is_main_process:
-            return
-        try:
-            if asked:
-                self.previewer.draw_asked(self.step, asked, self._on_preview_step)
-            else:
-                self.previewer.draw(self.step, self._on_preview_step)
-        except Cancelled:
-            logger.info("step %d: the preview is left out, as the run is to stop", self.step)
-        except (OSError, RuntimeError, ValueError, UserError, RunError) as error:
-            logger.warning("step %d: the preview could not be drawn (%s); training goes on", self.step, error)
+        if self.accelerator.is_main_process:
+            self.previewer.draw_in_training(self.step, asked, self._stay_reachable)
 
-    def _on_preview_step(self, done: int, total: int) -> None:
-        """Pictures can take minutes: whoever watches sees that the run is alive, and need not wait to stop it."""
+    def _stay_reachable(self, done: int, total: int) -> None:
+        """What takes minutes lets whoever watches see that the run is alive, and need not be waited for to stop it."""
         self._beat()
         self._obey_control_files(of=("stop",))
         if self.stop:
@@ -380,34 +377,32 @@ class Trainer:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue where `checkpoint` was made. Settings of the optimiser stay those of the current config."""
         self.exporter.load_tensors(checkpoint.adapter)
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(checkpoint.optimizer)
-        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(own)
+        load_state(self.optimizer, checkpoint.optimizer)
         if self.accelerator.scaler is not None and checkpoint.facts.get("scaler"):
             self.accelerator.scaler.load_state_dict(checkpoint.facts["scaler"])
         self.step = checkpoint.step
 
     def _save_checkpoint(self) -> None:
         self._settle()
-        if self.accelerator.is_main_process and self.step != self._saved_step:
-            save_checkpoint(self.run.checkpoints, self.checkpoint(), keep=self.plan.keep_checkpoints)
-            self._saved_step = self.step
+        if self.accelerator.is_main_process:
+            if self.step != self._saved_step:
+                save_checkpoint(self.run.checkpoints, self.checkpoint(), keep=self.plan.keep_checkpoints)
+                self._saved_step = self.step
+            self._tell_state()
 
     def _save(self) -> None:
-        """A checkpoint to resume from and an adapter file to use, both of this step."""
-        self._save_checkpoint()
-        if self.accelerator.is_main_process:
-            self.exporter.write(self.run.adapter(self.name, self.step), self.step)
-
-    def _save_last_good(self) -> None:
-        self._save_checkpoint()
-        if self.accelerator.is_main_process:
-            self._tell_state()
+        """A checkpoint to resume from and an adapter file to use, of this step. What cannot be written ends nothing."""
+        self._settle()  # a loss that is not finite does end the run
+        try:
+            self._save_checkpoint()
+            if self.accelerator.is_main_process:
+                self.exporter.write(self.run.adapter(self.name, self.step), self.step)
+        except (OSError, RunError, UserError) as error:
+            logger.warning("step %d: not all could be saved (%s); training goes on to the next save", self.step, error)
 
     @contextmanager
     def kept_on_error(self) -> Generator[None]:
-        """Inside are forward and backward passes, which change no weight: if they fail, the steps before are saved."""
+        """Inside are passes, which change no weight: if they fail, what the steps before have learned is saved."""
         try:
             yield
         except Exception as error:
@@ -417,16 +412,21 @@ class Trainer:
     def save_after(self, error: Exception) -> None:
         """Save what was learned before `error`, which an error of the saving must not hide."""
         try:
-            self._save_last_good()
+            self._save_checkpoint()
         except Exception as second:
-            logger.warning(
-                "%s at step %d, and what was learned before cannot be saved: %s", error, self.step + 1, second
-            )
+            logger.warning("%s after step %d; what was learned before cannot be saved: %s", error, self.step, second)
         else:
             if self.step:
-                logger.info("Step %d failed; the weights of step %d are saved.", self.step + 1, self.step)
+                logger.info("%s after step %d, whose weights are saved.", type(error).__name__, self.step)
 
     def finish(self) -> Path:
+        """What comes after the last step that is made. Returns the adapter file."""
+        adapter = self.save_last()
+        self.draw_last()
+        self.accelerator.wait_for_everyone()
+        return adapter
+
+    def save_last(self) -> Path:
         """Save what was reached. A run that was stopped keeps its step in the file name and can be resumed."""
         is_complete = self.step >= self.plan.steps
         adapter = self.run.adapter(self.name, None if is_complete else self.step)
@@ -435,11 +435,13 @@ class Trainer:
         self._save_checkpoint()
         if self.accelerator.is_main_process:
             self.exporter.write(adapter, self.step)
-            self._tell_state()
-        if is_complete and self.step > 0 and not _is_due(self.step, self.plan.preview_every, self.plan.steps):
-            self._draw_previews()
-        self.accelerator.wait_for_everyone()
         return adapter
+
+    def draw_last(self) -> None:
+        """The last previews of a run that is complete, and what was asked for during its last step."""
+        if self.step >= self.plan.steps:
+            self._draw_previews()
+            self._obey_control_files()
 
 
 def _is_due(step: int, every: int, last: int) -> bool:

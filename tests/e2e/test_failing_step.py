@@ -57,7 +57,7 @@ def test_a_resume_after_it_ends_as_a_run_without_it(
         failing.fit()
 
     assert failing.run.read_state().step == 2
-    assert "Step 3 failed; the weights of step 2 are saved." in caplog.text
+    assert "OutOfMemoryError after step 2, whose weights are saved." in caplog.text
     resumed = make_trainer(tmp_path / "failing", tiny_sd1, launch)
     assert resumed.step == 2
     assert tensor_hash(resumed.fit()) == tensor_hash(whole)

@@ -11,11 +11,12 @@ import pytest
 from lora_diffusion.config import TrainConfig
 from lora_diffusion.errors import RunError
 from lora_diffusion.runs import RunFolder
+from lora_diffusion.training import checkpoint
 from lora_diffusion.training.tracking import MetricsFile, read_metrics
 from lora_diffusion.training.trainer import Trainer
 from lora_diffusion.training_run import run_training
 from tests.sweeps import make_config, members_of, train_together
-from tests.training_runs import draw_pictures, tensor_hash, write_config
+from tests.training_runs import draw_pictures, prepare, tensor_hash, write_config
 
 
 def test_training_goes_on_while_state_and_metrics_cannot_be_written(
@@ -77,3 +78,90 @@ def test_in_a_sweep_one_full_disk_is_told_and_the_other_members_go_on(
     first, second = (RunFolder(member.config.run.output) for member in members)
     assert first.adapter("test-seed1").exists()
     assert second.read_state().status == "finished"
+
+
+def fill_disk_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """The files of this step's checkpoint cannot be written."""
+    write = checkpoint._write_fsynced
+
+    def on_full_disk(path: Path, data: bytes) -> None:
+        if f"{step:06d}" in path.parent.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, data)
+
+    monkeypatch.setattr(checkpoint, "_write_fsynced", on_full_disk)
+
+
+def saved_in(run: RunFolder) -> list[str]:
+    names = [path.name for path in (*run.path.glob("*.safetensors"), *run.checkpoints.iterdir())]
+    return sorted(names)
+
+
+@pytest.mark.parametrize(("save_every", "ask"), [(2, False), (0, True)])
+def test_a_save_that_fails_on_the_way_is_told_and_the_training_goes_on(
+    tiny_sd1: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    save_every: int,
+    ask: bool,
+) -> None:
+    failing = 1 if ask else 2
+    fill_disk_at(monkeypatch, failing)
+    trainer = prepare(
+        write_config(
+            tmp_path / "run.toml",
+            tiny_sd1,
+            draw_pictures(tmp_path / "pictures"),
+            run={"save_every": save_every, "keep_checkpoints": 5},
+        )
+    )
+    if ask:
+        trainer.run.control.mkdir()
+        trainer.run.ask("save_now")
+    trainer.fit()
+
+    told = [record.message for record in caplog.records if "No space left" in record.message]
+    assert len(told) == 1 and told[0].startswith(f"step {failing}: not all could be saved")
+    later = ["000006"] if ask else ["000004", "000006", "test-000004.safetensors"]
+    assert saved_in(trainer.run) == [*later, "test.safetensors"]
+
+
+def test_at_the_end_a_full_disk_is_an_error(tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill_disk_at(monkeypatch, 6)
+    config = write_config(tmp_path / "run.toml", tiny_sd1, draw_pictures(tmp_path / "pictures"))
+    with pytest.raises(RunError, match=r"No space left.*--resume"):
+        prepare(config).fit()
+
+
+def test_a_weight_too_large_for_the_file_on_the_way_costs_that_file_only(
+    tiny_sd1: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = {"save_every": 2, "keep_checkpoints": 5, "save_precision": "fp16"}
+    pictures = draw_pictures(tmp_path / "pictures")
+    trainer = prepare(write_config(tmp_path / "run.toml", tiny_sd1, pictures, run=run))
+    save_if_due, weight = trainer.save_if_due, trainer.parameters[0].data.view(-1)
+
+    def with_large_weight() -> None:
+        kept = float(weight[0])
+        if trainer.step == 2:
+            weight[0] = 1e5
+        save_if_due()
+        weight[0] = kept
+
+    trainer.save_if_due = with_large_weight
+    trainer.fit()
+
+    assert "step 2: not all could be saved" in caplog.text and "not finite as" in caplog.text
+    adapters = ["test-000004.safetensors", "test.safetensors"]
+    assert saved_in(trainer.run) == ["000002", "000004", "000006", *adapters]
+
+
+def test_in_a_sweep_a_save_that_fails_on_the_way_ends_no_member(
+    tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill_disk_at(monkeypatch, 2)
+    members = members_of(make_config(tmp_path, tiny_sd1, run={"steps": 3, "save_every": 2}), "run.seed=1,2")
+    train_together(members, tmp_path / "sweep")
+    for member in members:
+        assert saved_in(RunFolder(member.config.run.output)) == ["000003", f"{member.name}.safetensors"]

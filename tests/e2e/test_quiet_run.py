@@ -16,6 +16,7 @@ from lora_diffusion.config import TrainConfig
 from lora_diffusion.errors import RunError
 from lora_diffusion.recipe import launch_of
 from lora_diffusion.training.plan import Launch
+from lora_diffusion.training.quiet_step import QuietLoop, Reading
 from lora_diffusion.training.trainer import Trainer
 from tests.training_runs import draw_pictures, prepare, write_config
 
@@ -115,8 +116,8 @@ def test_in_bfloat16_projections_of_one_input_are_computed_together_and_a_resume
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_a_loss_that_is_not_finite_is_told_late_and_saves_the_last_good_step(tiny_sd1: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path / "broken", tiny_sd1, "quiet")
+def poison_step_3(trainer: Trainer) -> str:
+    """Returns the name of the picture."""
     poisoned = trainer.source.batches.batch(2)[0]  # first drawn at step 3
     name = trainer.source.samples[poisoned.sample].image.name
     get = trainer.source.latents.get
@@ -126,6 +127,12 @@ def test_a_loss_that_is_not_finite_is_told_late_and_saves_the_last_good_step(tin
         return (mean * float("nan"), std) if sample.image.name == name else (mean, std)
 
     trainer.source.latents.get = get_poisoned
+    return name
+
+
+def test_a_loss_that_is_not_finite_is_told_late_and_saves_the_last_good_step(tiny_sd1: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path / "broken", tiny_sd1, "quiet")
+    name = poison_step_3(trainer)
     with pytest.raises(RunError, match=rf"loss became nan at step 3 .*{name}"):
         trainer.fit()
 
@@ -136,3 +143,19 @@ def test_a_loss_that_is_not_finite_is_told_late_and_saves_the_last_good_step(tin
     assert resumed.step == 2 and [row["step"] for row in metrics_of(tmp_path / "broken")] == [1, 2]
     tensors, expected = resumed.exporter.tensors(), good.exporter.tensors()
     assert all(torch.equal(tensors[key], expected[key]) for key in expected)
+
+
+def test_one_that_arrives_when_a_later_step_is_to_be_saved_ends_the_run(
+    tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readings = QuietLoop.readings
+
+    def late(loop: QuietLoop, *, owed: int) -> list[Reading]:
+        return readings(loop, owed=owed) if owed == 0 else []
+
+    monkeypatch.setattr(QuietLoop, "readings", late)
+    trainer = make_trainer(tmp_path, tiny_sd1, "quiet", {"run": {"save_every": 4}})
+    poison_step_3(trainer)
+    with pytest.raises(RunError, match="loss became nan at step 3"):
+        trainer.fit()
+    assert sorted(path.name for path in trainer.run.path.rglob("0*")) == ["000002"]

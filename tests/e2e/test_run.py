@@ -184,6 +184,16 @@ def test_a_resume_wants_the_same_base_wherever_it_lies(finished: Path, tmp_path:
         prepare(finished, override, resume=True)
 
 
+def test_a_resume_to_an_end_that_is_over_is_refused_and_changes_nothing(finished: Path) -> None:
+    run = RunFolder(finished.parent / "run")
+    paths = [run.config, run.state_file, run.adapter("test"), run.metrics]
+    before = [path.read_bytes() for path in paths]
+    result = CliRunner().invoke(app, ["train", "--config", str(finished), "--resume", "--set", "run.steps=5"])
+    assert result.exit_code == 2
+    assert "at step 6 already" in " ".join(result.output.split())
+    assert [path.read_bytes() for path in paths] == before
+
+
 def test_a_checkpoint_from_before_a_setting_existed_is_resumed(finished: Path, tmp_path: Path) -> None:
     trainer = prepare(finished, resume=True)
     known = trainer.facts["config"]

@@ -334,8 +334,11 @@ def test_settings_without_effect_are_warnings() -> None:
     ]
 
 
-def test_nothing_is_said_about_previews_that_nobody_asked_for() -> None:
-    assert TrainConfig.parse(MINIMAL + "[preview]\nevery = 50\n").warnings() == ()
+def test_previews_without_a_prompt_are_a_warning_where_one_has_said_how_often() -> None:
+    (warning,) = TrainConfig.parse(MINIMAL + "[preview]\nevery = 50\n").warnings()
+    assert warning.startswith("preview.every has no effect without preview.prompts")
+    for nothing in ("", "[preview]\nsteps = 20\n", "[preview]\nevery = 0\n", "[preview]\nevery = 100\n"):
+        assert TrainConfig.parse(MINIMAL + nothing).warnings() == ()
 
 
 def test_defaults_that_a_run_has_written_out_are_no_reason_to_warn() -> None:

@@ -106,7 +106,7 @@ def test_a_run_that_can_keep_no_picture_for_validation_says_so(
     config = write_config(tmp_path / "run.toml", tiny_sd1, pictures, validation={"every": 1, "fraction": 0.3})
     trainer = prepare(config, f"dataset.1.path={pictures}", "dataset.1.resolution=32")
     assert trainer.validator is None
-    assert "validation needs two different pictures" in caplog.text
+    assert "no picture can be kept out to measure on: there is only one" in caplog.text
 
 
 def test_a_resolution_that_cannot_be_trained_exactly_is_told_with_the_sizes_that_can(
