@@ -64,8 +64,11 @@ class Queue:
     already changes nothing.
     """
 
-    def __init__(self, workspace: Workspace, start_runner: Callable[[Workspace], None] = ensure_runner) -> None:
-        """start_runner: called when there is something to do for the process that works through the queue."""
+    def __init__(self, workspace: Workspace, start_runner: Callable[[Workspace], bool | None] = ensure_runner) -> None:
+        """start_runner: called when there is something to do for the process that works through the queue.
+
+        It returns whether it had to start one.
+        """
         self.workspace = Workspace(workspace.root.resolve())
         self._store = Store(self.workspace.queue)
         self._start_runner = start_runner
@@ -194,6 +197,14 @@ class Queue:
     def move(self, id: int, position: int) -> None:
         """Give a waiting job a position, from 1."""
         self._store.move(self.job(id).id, position)
+        self._start_runner(self.workspace)
+
+    def keep_going(self) -> bool:
+        """Start the process that works through the queue if there is work and it is gone: killed, or the machine was.
+
+        Returns whether it had to be started.
+        """
+        return any(entry.needs_runner for entry in self._store.entries()) and bool(self._start_runner(self.workspace))
 
     def replace_config(self, id: int, toml: str) -> None:
         """Other settings for a job that waits or ended; its run folder stays. Raises ConfigError."""

@@ -94,6 +94,11 @@ class Entry:
         was_lost = self.launched is not None and self.launcher_pid is None and self.ended is None
         return bool(self.waiting) or (was_lost and self.wanted == "run")
 
+    @property
+    def needs_runner(self) -> bool:
+        """Whether it waits to be started, or was started and no runner has seen it end."""
+        return self.is_waiting or (self.launched is not None and self.ended is None)
+
 
 _COLUMNS = ", ".join(field.name for field in fields(Entry))
 
