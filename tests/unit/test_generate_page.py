@@ -353,6 +353,36 @@ def test_a_run_that_was_paused_to_draw_goes_on_after_the_web_ui_was_killed(
     busy.studio.desk.cancel()
 
 
+@pytest.mark.parametrize("is_killed", [False, True], ids=["drawn", "web UI killed"])
+def test_what_waits_leaves_the_device_to_the_drawing_and_then_goes_on_in_its_order(
+    work: Bench, engine: GreyEngine, is_killed: bool
+) -> None:
+    site = with_grey_engine(work, engine)
+    engine.gate.clear()
+    failed = work.queue.add(toml("failed", how="nan")).id
+    work.work_until(failed, "failed")
+    first, cancelled, last = (work.queue.add(toml(name, steps=5000)).id for name in ("first", "cancelled", "last"))
+    work.queue.retry(failed)
+    work.queue.move(failed, 3)
+    work.work_until_step(first, 2)
+    Orders(site, T).pictures("models/b", *VALUES)
+    Shown(site, T).act(clicked(act="pause"))
+    work.work_until(first, "paused")
+
+    for _ in range(3):
+        work.runner.turn()
+    assert [work.queue.job(id).status for id in (cancelled, failed, last)] == ["paused", "failed", "paused"]
+    work.queue.cancel(cancelled)
+    if is_killed:
+        with_grey_engine(work, engine)
+        site.studio.desk.cancel()
+    else:
+        draw_all(site, engine)
+
+    waiting = [job.id for job in work.queue.jobs() if job.status == "queued"]
+    assert waiting == [first, failed, last]
+
+
 def test_a_run_is_not_left_paused_when_the_last_picture_was_done_meanwhile(
     site: Site, work: Bench, engine: GreyEngine
 ) -> None:
