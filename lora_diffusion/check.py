@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +15,8 @@ from lora_diffusion.adapters.base import Adapter
 from lora_diffusion.config import TrainConfig
 from lora_diffusion.data.duplicates import find_near_duplicates
 from lora_diffusion.data.folder import NO_CAPTION, build_report
+from lora_diffusion.errors import UserError
+from lora_diffusion.jobs.device_lock import NoLongerWanted, shared_device
 from lora_diffusion.models.base import Conditioning, DiffusionModel
 from lora_diffusion.models.compiling import check_compiler
 from lora_diffusion.models.precision import resolve_device, resolve_precision
@@ -25,6 +29,7 @@ from lora_diffusion.training.estimate import StepEstimate, encoding_bytes, estim
 from lora_diffusion.training.memory import PeakMemory
 from lora_diffusion.training.optimizers import check_optimizer
 
+_PATIENCE_S = 30.0  # the picture engine lets others have the device every 15 s
 _CROP_LOSS_WORTH_A_LOOK = 0.2
 _LISTED = 8  # names per finding on the terminal; --json has them all
 
@@ -74,8 +79,33 @@ class CheckReport:
 
 
 def check_run(config: TrainConfig, track: Track = silent) -> CheckReport:
-    """Read every picture and caption, load the base, train it for some steps. Writes nothing. Raises UserError."""
+    """Read every picture and caption, load the base, train it for some steps. Writes nothing. Raises UserError.
+
+    Holds a GPU meanwhile, if whoever started this process wants that.
+    """
     device = resolve_device(config.run.device)
+    with _alone_on(device):
+        return _check(config, device, track)
+
+
+@contextmanager
+def _alone_on(device: torch.device) -> Iterator[None]:
+    """Hold a GPU, whose memory may not do for two. Two processes on a CPU are slow, and both arrive."""
+    if device.type == "cpu":
+        yield
+        return
+    deadline = time.monotonic() + _PATIENCE_S
+    try:
+        with shared_device(device.type, device.index, "a check", lambda: time.monotonic() > deadline):
+            yield
+    except NoLongerWanted as busy:
+        raise UserError(
+            f"The device is in use ({busy}), and a check trains some steps on it. Check again when it is free, or "
+            "pause what uses it."
+        ) from None
+
+
+def _check(config: TrainConfig, device: torch.device, track: Track) -> CheckReport:
     dtype = resolve_precision(config.run.precision, device)
     if config.model.compile:
         check_compiler(device)

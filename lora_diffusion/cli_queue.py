@@ -53,11 +53,14 @@ def list_jobs(
 ) -> None:
     """Show what waits, runs and ended. A negative ID is a run that was started from a terminal."""
     with errors_as_messages(debug):
-        jobs = open_queue(root).jobs()
+        queue = open_queue(root)
+        jobs = queue.jobs()
         if as_json:
             typer.echo(json.dumps([asdict(job) | {"run": str(job.run)} for job in jobs], indent=2))
         else:
             _print_table(jobs)
+        if queue.keep_going():
+            typer.echo("The process that works through the queue was gone: it is started again.", err=True)
 
 
 @queue_app.command(context_settings=NEGATIVE_IDS)

@@ -45,11 +45,21 @@ def real_queue(root: Path) -> Iterator[Queue]:
     try:
         yield Queue(Workspace(root))
     finally:
-        for child in psutil.Process().children():
-            with suppress(psutil.Error):  # it has just ended by itself, or is a zombie without a command line
-                if "lora_diffusion.jobs.runner" in child.cmdline() and str(root) in child.cmdline():
-                    child.kill()
+        kill_runners(root)
         kill_all(root)
+
+
+def kill_runners(root: Path) -> int:
+    """Kills the real runners of a workspace, whoever started them; returns how many there were."""
+    num_killed = 0
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):  # gone, a zombie without a command line, or somebody else's
+            words = process.cmdline()
+            if "lora_diffusion.jobs.runner" in words and str(root) in words:
+                process.kill()
+                process.wait(10)
+                num_killed += 1
+    return num_killed
 
 
 def wait_until(queue: Queue, id: int, *statuses: str) -> Job:

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
 import shutil
 import signal
 import socket
 import threading
+import time
 import warnings
 import webbrowser
 from dataclasses import dataclass
 from pathlib import Path
 
 from lora_diffusion.errors import UserError
+from lora_diffusion.jobs.queue import Queue
 from lora_diffusion.workspace import Workspace
 from webui.login import Login
 
+logger = logging.getLogger(__name__)
+
 SHUTDOWN_S = 2
+LOOK_EVERY_S = 10.0
+"""So often it is looked whether the process that works through the queue is missed."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +72,28 @@ def serve(options: Options) -> None:
     )
     address = address_of(options)
     print(f"The web UI of {roots[0]} is at {address} (Ctrl-C ends it; runs go on)", flush=True)
+    threading.Thread(target=keep_queue_going, args=(site.queue,), daemon=True, name="queue").start()
     if options.opens_browser:
         threading.Timer(1.0, webbrowser.open, [address]).start()
     # uvicorn passes the signals that ended it on to the handlers from before; an orderly end is no failure
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     uvicorn.Server(config).run()
+
+
+def keep_queue_going(queue: Queue) -> None:
+    """As long as the web UI lives, also if nobody looks at a page: what waits does not wait for a dead runner."""
+    told = ""
+    while True:
+        try:
+            if queue.keep_going():
+                logger.warning("The process that works through the queue was gone: it is started again.")
+            told = ""
+        except (UserError, OSError) as error:
+            if str(error) != told:  # once, not every few seconds
+                logger.warning("The queue does not go on: %s", error)
+            told = str(error)
+        time.sleep(LOOK_EVERY_S)
 
 
 def address_of(options: Options) -> str:

@@ -25,7 +25,7 @@ _REMIND_EVERY_S = 60.0
 
 
 class NoLongerWanted(Exception):
-    """Who waited for the device was asked to stop."""
+    """Who waited for the device was asked to stop. The message says who has it."""
 
 
 def lock_from_environment(device: str) -> Path | None:
@@ -63,7 +63,7 @@ def device_lock(path: Path, what: str, should_stop: Callable[[], bool] = lambda:
             break
         except filelock.Timeout:
             if should_stop():
-                raise NoLongerWanted from None
+                raise NoLongerWanted(holder_of(path)) from None
             if time.monotonic() >= next_reminder:
                 logger.info("waiting for the device (used by %s)", holder_of(path))
                 next_reminder = time.monotonic() + _REMIND_EVERY_S

@@ -97,10 +97,13 @@ class RunFollower:
         kept = thin_out([value for _, value in pairs], points)
         return Series([pairs[i][0] for i in kept], [pairs[i][1] for i in kept], [smoothed[i] for i in kept])
 
-    def new_log(self) -> str:
-        """The whole lines that log.txt got since the last call; at first its last 64 kB."""
-        _, new = self._log.read(self.run.log, at_most=LOG_TAIL_BYTES)
-        return new.decode("utf-8", "replace")
+    def new_log(self) -> tuple[bool, str]:
+        """(whether log.txt is another one than before, the whole lines that it got since the last call).
+
+        At first its last 64 kB.
+        """
+        started_anew, new = self._log.read(self.run.log, at_most=LOG_TAIL_BYTES)
+        return started_anew, new.decode("utf-8", "replace")
 
     def previews(self) -> Previews:
         pictures: dict[tuple[int, int], Path] = {}

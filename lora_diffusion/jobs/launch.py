@@ -44,14 +44,15 @@ def caption_command(config: Path, resume: bool) -> list[str]:
 COMMANDS: dict[Kind, Command] = {"train": train_command, "caption": caption_command}
 
 
-def ensure_runner(workspace: Workspace) -> None:
-    """Start the process that works through the workspace's queue, unless one lives. Returns at once."""
+def ensure_runner(workspace: Workspace) -> bool:
+    """Start the process that works through the workspace's queue, unless one lives. Returns at once: whether it did."""
     workspace.private.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(workspace.lock("runner"), timeout=0):
             pass
     except filelock.Timeout:
-        return
+        return False
     root = workspace.root.resolve()
     command = [sys.executable, "-m", "lora_diffusion.jobs.runner", "--root", str(root)]
     reap_when_done(start_detached(command, cwd=root, log=runner_log(workspace), variables={}))
+    return True

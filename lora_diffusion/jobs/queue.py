@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import time
 import zlib
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,8 +64,11 @@ class Queue:
     already changes nothing.
     """
 
-    def __init__(self, workspace: Workspace, start_runner: Callable[[Workspace], None] = ensure_runner) -> None:
-        """start_runner: called when there is something to do for the process that works through the queue."""
+    def __init__(self, workspace: Workspace, start_runner: Callable[[Workspace], bool | None] = ensure_runner) -> None:
+        """start_runner: called when there is something to do for the process that works through the queue.
+
+        It returns whether it had to start one.
+        """
         self.workspace = Workspace(workspace.root.resolve())
         self._store = Store(self.workspace.queue)
         self._start_runner = start_runner
@@ -86,10 +89,7 @@ class Queue:
         return jobs + self._foreign_jobs(entries)
 
     def job(self, id: int) -> Job:
-        jobs = self.jobs()
-        found = next((job for job in jobs if job.id == id), None)
-        if found is None and id < 0:  # it was taken into the queue since the caller looked
-            found = next((job for job in jobs if _foreign_id(job.run) == id), None)
+        found = _find(self.jobs(), id)
         if found is None:
             raise QueueError(f"There is no job {id}. `lora-diffusion queue list` shows those there are.")
         return found
@@ -181,11 +181,16 @@ class Queue:
         """Continue a job that ended early, before all others that wait: from its newest checkpoint if it has one."""
         self._again(id, first=True)
 
-    def resume_paused(self, id: int) -> None:
-        """The same for a job that is paused or about to be; one that was stopped or resumed since stays as it is."""
-        job = self.job(id)
-        if job.id > 0 and self._store.entry(job.id).wanted == "pause" and job.status in ("paused", *ACTIVE):
-            self.resume(job.id)
+    def resume_paused(self, ids: Sequence[int]) -> None:
+        """The same for jobs that are paused or about to be, in this order; what someone has changed stays as it is.
+
+        That is a job which was stopped, resumed or taken off the list since.
+        """
+        jobs = self.jobs()
+        paused = [job.id for id in ids if (job := _find(jobs, id)) and job.id > 0 and self._is_paused(job)]
+        if paused:
+            self._store.enqueue(*paused, first=True)
+            self._start_runner(self.workspace)
 
     def retry(self, id: int) -> None:
         """As `resume`, after all others that wait."""
@@ -194,6 +199,14 @@ class Queue:
     def move(self, id: int, position: int) -> None:
         """Give a waiting job a position, from 1."""
         self._store.move(self.job(id).id, position)
+        self._start_runner(self.workspace)
+
+    def keep_going(self) -> bool:
+        """Start the process that works through the queue if there is work and it is gone: killed, or the machine was.
+
+        Returns whether it had to be started.
+        """
+        return any(entry.needs_runner for entry in self._store.entries()) and bool(self._start_runner(self.workspace))
 
     def replace_config(self, id: int, toml: str) -> None:
         """Other settings for a job that waits or ended; its run folder stays. Raises ConfigError."""
@@ -239,6 +252,12 @@ class Queue:
         if job.status != "queued" and not (job.status in ACTIVE and entry.wanted == "run"):
             self._store.enqueue(job.id, first=first)
         self._start_runner(self.workspace)
+
+    def _is_paused(self, job: Job) -> bool:
+        """Or about to be. One that left the line so looks as its last start ended, which may be a failure."""
+        entry = self._store.entry(job.id)
+        has_left_line = entry.asked is None and not entry.is_waiting
+        return entry.wanted == "pause" and (has_left_line or job.status in ("paused", *ACTIVE))
 
     def _check_training(self, job: Job) -> None:
         if job.kind != "train":
@@ -329,6 +348,13 @@ def _is_leftover(folder: Path) -> bool:
     if not re.fullmatch(r".+-previous-\d+", folder.name):
         return False
     return not RunFolder(folder).has_checkpoint and not any(folder.glob("*.safetensors"))
+
+
+def _find(jobs: Sequence[Job], id: int) -> Job | None:
+    found = next((job for job in jobs if job.id == id), None)
+    if found is None and id < 0:  # it was taken into the queue since the caller looked
+        found = next((job for job in jobs if _foreign_id(job.run) == id), None)
+    return found
 
 
 def _foreign_id(folder: Path) -> int:

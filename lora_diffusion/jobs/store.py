@@ -94,6 +94,11 @@ class Entry:
         was_lost = self.launched is not None and self.launcher_pid is None and self.ended is None
         return bool(self.waiting) or (was_lost and self.wanted == "run")
 
+    @property
+    def needs_runner(self) -> bool:
+        """Whether it waits to be started, or was started and no runner has seen it end."""
+        return self.is_waiting or (self.launched is not None and self.ended is None)
+
 
 _COLUMNS = ", ".join(field.name for field in fields(Entry))
 
@@ -150,16 +155,17 @@ class Store:
             names = ", ".join(f"{name} = :{name}" for name in values)
             db.execute(f"UPDATE jobs SET {names} WHERE id = :id", values | {"id": id})
 
-    def enqueue(self, id: int, *, first: bool) -> None:
-        """Let the entry wait for its turn, before or behind all others."""
+    def enqueue(self, *ids: int, first: bool) -> None:
+        """Let the entries wait for their turn in this order, before or behind all others."""
         with self._transaction() as db:
-            _entry(db, id)
             place = "min(place) - 1" if first else "max(place) + 1"
-            db.execute(
-                "UPDATE jobs SET waiting = 1, wanted = 'run', asked = NULL, forced = NULL, "
-                f"place = (SELECT {place} FROM jobs) WHERE id = ?",
-                (id,),
-            )
+            for id in reversed(ids) if first else ids:
+                _entry(db, id)
+                db.execute(
+                    "UPDATE jobs SET waiting = 1, wanted = 'run', asked = NULL, forced = NULL, "
+                    f"place = (SELECT {place} FROM jobs) WHERE id = ?",
+                    (id,),
+                )
 
     def move(self, id: int, position: int) -> None:
         """Put a waiting entry at `position`, counted from 1, of those that wait. Raises QueueError if it does not."""

@@ -11,16 +11,63 @@ from pathlib import Path
 
 import psutil
 import pytest
+from typer.testing import CliRunner
 
+from lora_diffusion.cli import app
 from lora_diffusion.jobs.condition import ACTIVE
 from lora_diffusion.jobs.queue import Queue
 from lora_diffusion.runs import RunFolder
 from lora_diffusion.workspace import Workspace
-from tests.queues import kill_all, start_runner, toml, trainers, wait_for
+from tests.queues import kill_all, kill_runners, real_queue, start_runner, toml, trainers, wait_for
+from tests.webui.servers import start_web_server
 
 NUM_KILLS = 50
 NUM_JOBS = 6
 STEPS = 60
+
+
+def _start_and_kill_runner(root: Path, queue: Queue, first: int) -> None:
+    """What is left: the job `first` at work, others that wait, and nobody to start them."""
+    with start_runner(root) as runner:
+        wait_for(lambda: queue.job(first).status == "running")
+        runner.kill()
+
+
+@pytest.mark.parametrize("command", [["list"], ["move", "2", "1"]])
+def test_a_command_of_the_queue_starts_the_runner_that_was_killed(tmp_path: Path, command: list[str]) -> None:
+    with real_queue(tmp_path) as queue:
+        first, second = (queue.add(toml(name, steps=300), start=False).id for name in ("first", "second"))
+        _start_and_kill_runner(tmp_path, queue, first)
+        assert queue.job(first).status == "running"
+
+        result = CliRunner().invoke(app, ["queue", *command, "--root", str(tmp_path)])
+
+        assert result.exit_code == 0
+        assert ("was gone: it is started again" in result.stderr) == (command == ["list"])
+        wait_for(lambda: queue.job(second).status != "queued")
+        assert queue.job(first).status == "finished", "the new runner has found it again"
+
+
+@pytest.mark.slow
+def test_the_queue_goes_on_when_the_web_ui_starts_and_for_as_long_as_it_runs(tmp_path: Path) -> None:
+    """Everything is killed, as in a power cut; later the runner alone."""
+    with real_queue(tmp_path) as queue:
+        first, second, third = (
+            queue.add(toml(name, steps=1000), start=False).id for name in ("first", "second", "third")
+        )
+        _start_and_kill_runner(tmp_path, queue, first)
+        kill_all(tmp_path)
+        wait_for(lambda: queue.job(first).status == "interrupted")
+        assert queue.job(second).status == "queued"
+
+        server = start_web_server(tmp_path)
+        try:
+            wait_for(lambda: queue.job(second).status != "queued")
+            assert (queue.job(first).status, queue.job(third).status) == ("interrupted", "queued")
+            assert kill_runners(tmp_path) == 1
+            wait_for(lambda: queue.job(third).status != "queued", 60)
+        finally:
+            server.stop()
 
 
 def _resume_what_was_interrupted(queue: Queue) -> None:

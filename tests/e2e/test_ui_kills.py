@@ -46,7 +46,7 @@ class Stage:
         if self.runner is None or self.runner.poll() is not None:
             self.runner = start_runner(self.root)
         if self.server is None:
-            self.server = start_web_server(self.root, self.port)
+            self.server = start_web_server(self.root, self.port, starts_runner=False)
 
     def call(self, name: str, *data: object) -> Any:
         """One of the functions for programs."""

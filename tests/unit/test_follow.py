@@ -11,6 +11,7 @@ from lora_diffusion.errors import UserError
 from lora_diffusion.jobs.follow import RunFollower, smooth, thin_out
 from lora_diffusion.jobs.release import release
 from lora_diffusion.runs import RunFolder
+from webui.services.follow import Followers
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def test_a_folder_without_a_run_has_nothing(tmp_path: Path) -> None:
     assert follower.state is None
     assert follower.metrics() == []
     assert follower.series().values == []
-    assert follower.new_log() == ""
+    assert follower.new_log() == (False, "")
     assert follower.previews().steps == []
     assert (follower.checkpoints(), follower.adapters()) == ([], [])
 
@@ -123,15 +124,28 @@ def test_the_running_mean_of_a_constant_is_the_constant() -> None:
 def test_the_log_comes_in_whole_lines_and_each_once(run: RunFolder) -> None:
     follower = RunFollower(run)
     append(run.log, "one\ntw")
-    assert follower.new_log() == "one\n"
+    assert follower.new_log() == (True, "one\n")
     append(run.log, "o ü\n")
-    assert follower.new_log() == "two ü\n"
-    assert follower.new_log() == ""
+    assert follower.new_log() == (False, "two ü\n")
+    assert follower.new_log() == (False, "")
+
+
+def test_the_log_of_a_run_that_started_anew_in_the_same_folder_stands_alone(run: RunFolder) -> None:
+    follower = Followers().of(run.path)
+    append(run.log, "step 1\nfinished\n")
+    assert follower.read_log() == ["step 1", "finished"]
+    run.path.rename(run.path.with_name("ink-previous-1"))
+    run.path.mkdir()
+    append(run.log, "step 1 of the second run, which has already said more than the first one\n")
+
+    assert follower.read_log() == ["step 1 of the second run, which has already said more than the first one"]
+    append(run.log, "step 2\n")
+    assert follower.read_log()[1:] == ["step 2"]
 
 
 def test_of_a_long_log_the_end_is_shown(run: RunFolder) -> None:
     append(run.log, "".join(f"line {number}\n" for number in range(50_000)))
-    shown = RunFollower(run).new_log()
+    _, shown = RunFollower(run).new_log()
 
     assert len(shown) <= 64_000
     assert shown.startswith("line ")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,40 +17,22 @@ from gradio import skip
 from PIL import Image
 
 from lora_diffusion.errors import UserError
-from lora_diffusion.generation.infotext import png_bytes, save_png, write_parameters
+from lora_diffusion.generation.infotext import save_png, write_parameters
 from lora_diffusion.generation.request import Request
-from lora_diffusion.jobs.queue import Queue
 from lora_diffusion.runs import RunFolder
-from lora_diffusion.workspace import Workspace
+from tests.grey_engine import VALUES, GreyEngine, clicked, make_grey_site, opened_tab
 from tests.queues import Bench, bench, toml, wait_for
 from webui.pages.generate.layout import Fields
 from webui.pages.generate.opening import Opening
 from webui.pages.generate.ordering import Orders
 from webui.pages.generate.results import Shown
 from webui.services.bases import bases, find_base
-from webui.services.drawings import Desk, NoLongerWanted, Progress, Report, Stopped
 from webui.services.site import Site, make_site
 from webui.translate import Translator
 
 INK = Path(__file__).parents[2] / "samples" / "adapters" / "ink.safetensors"
 T = Translator("en")
-VALUES = ["a red house", "", 20, 5.0, "ddim", 1, 1, 64, 64, 7, "fixed"]
-
-
-class GreyEngine:
-    """Draws at once while `gate` is open."""
-
-    def __init__(self) -> None:
-        self.gate = threading.Event()
-        self.gate.set()
-
-    def draw(self, base: str, requests: Sequence[Request], report: Report, stopped: Stopped) -> Iterator[bytes]:
-        for request in requests:
-            report(Progress("drawing", 0, 1, 2))
-            while not self.gate.wait(0.01):
-                if stopped():
-                    raise NoLongerWanted
-            yield png_bytes(Image.new("RGB", (64, 64)), write_parameters(request, base, {}))
+TAB = opened_tab()
 
 
 @pytest.fixture()
@@ -61,16 +42,7 @@ def engine() -> GreyEngine:
 
 @pytest.fixture()
 def site(tmp_path: Path, engine: GreyEngine) -> Site:
-    base = tmp_path / "models" / "b"
-    base.mkdir(parents=True)
-    (base / "model_index.json").write_text("{}")
-    site = make_site(tmp_path, queue=Queue(Workspace(tmp_path), start_runner=lambda _: None))
-    site.studio.desk = Desk(site.workspace, engine)
-    return site
-
-
-def clicked(**data: Any) -> Any:
-    return SimpleNamespace(_data=data)
+    return make_grey_site(tmp_path, engine)
 
 
 def until(is_so: Callable[[], bool]) -> None:
@@ -99,7 +71,7 @@ def drawn(site: Site) -> list[Request]:
 def test_a_grid_varies_what_its_axis_names_and_nothing_else(
     site: Site, name: str, values: str, cells: list[dict[str, Any]]
 ) -> None:
-    assert Orders(site, T).grid("models/b", name, values, "", "", *VALUES) == ""
+    assert Orders(site, T).grid(TAB, "models/b", name, values, "", "", *VALUES) == ""
 
     plain = {"prompt": "a red house", "steps": 20, "cfg": 5.0, "sampler": "ddim", "adapters": {}}
     for request, cell in zip(drawn(site), cells, strict=True):
@@ -112,7 +84,7 @@ def test_a_grid_varies_what_its_axis_names_and_nothing_else(
     ("name", "values"), [("sampler", "ddim, nonsense"), ("cfg", "high"), ("prompt", "green | red")]
 )
 def test_a_grid_of_what_there_is_not_is_refused_before_anything_is_drawn(site: Site, name: str, values: str) -> None:
-    said = Orders(site, T).grid("models/b", name, values, "", "", *VALUES)
+    said = Orders(site, T).grid(TAB, "models/b", name, values, "", "", *VALUES)
 
     assert "said bad" in said
     assert site.studio.desk.drawings() == []
@@ -124,7 +96,7 @@ def test_a_picture_is_drawn_again_with_another_seed_and_everything_else_as_it_wa
     site.workspace.pictures.mkdir()
     save_png(Image.new("RGB", (64, 64)), site.workspace.pictures / "a.png", write_parameters(request, "b", {}))
 
-    *fields, said = Opening(site, T).act_on_picture("models/b", clicked(act="again", id="pictures/a.png"))
+    *fields, said = Opening(site, T).act_on_picture("models/b", TAB, clicked(act="again", id="pictures/a.png"))
 
     (again,) = drawn(site)
     assert (again.prompt, again.negative, again.steps, again.cfg) == ("a blue fish", "blurry", 9, 3.5)
@@ -141,8 +113,8 @@ def test_a_sampler_that_is_not_here_is_named_and_neither_replaced_nor_drawn_with
     opening = Opening(site, T)
 
     *fields, dropped, _ = opening.open_png(str(picture), "models/b")
-    *_, used = opening.act_on_picture("models/b", clicked(act="use", id="pictures/a.png"))
-    *_, again = opening.act_on_picture("models/b", clicked(act="again", id="pictures/a.png"))
+    *_, used = opening.act_on_picture("models/b", TAB, clicked(act="use", id="pictures/a.png"))
+    *_, again = opening.act_on_picture("models/b", TAB, clicked(act="again", id="pictures/a.png"))
 
     for said in (dropped, used, again):
         assert "no sampler DPM++ 3M &lt;b&gt;SDE&lt;/b&gt; here" in str(said)
@@ -175,7 +147,7 @@ def test_the_list_of_sizes_shows_a_pictures_size_or_that_it_is_ones_own(
     if dropped:
         *values, _, _ = opening.open_png(str(picture), "models/b")
     else:
-        *values, _ = opening.act_on_picture("models/b", clicked(act="use", id="pictures/a.png"))
+        *values, _ = opening.act_on_picture("models/b", TAB, clicked(act="use", id="pictures/a.png"))
 
     names = [field.name for field in fields(Fields)]
     sizes: Any = values[-1]
@@ -192,7 +164,7 @@ def test_a_run_that_trains_is_asked_for_the_picture_instead(site: Site, engine: 
         f'[run]\nname = "live"\noutput = "{run.path}"\nsteps = 9\n[model]\npath = "b"\n[[dataset]]\npath = "d"\n'
     )
     engine.gate.clear()
-    Orders(site, T).pictures("models/b", *VALUES)
+    Orders(site, T).pictures(TAB, "models/b", *VALUES)
     with run.lock():
         run.begin(1, 9)
         said = Shown(site, T).act(clicked(act="live"))
@@ -247,7 +219,7 @@ def test_the_base_of_a_run_on_the_hub_can_be_chosen_and_drawn_with(
     (refs / "main").write_text("1")
     base = find_base(site.places, HUB_ID)
     assert (base.family, base.sizes[0], base.name) == ("sd1", (512, 512), "stable-diffusion-v1-5")
-    assert Orders(site, T).pictures(HUB_ID, *VALUES)[0] == ""
+    assert Orders(site, T).pictures(TAB, HUB_ID, *VALUES)[0] == ""
     drawn(site)
     assert site.studio.desk.drawings()[0].base == HUB_ID
 
@@ -298,7 +270,7 @@ def busy(work: Bench, engine: GreyEngine) -> Site:
     site = with_grey_engine(work, engine)
     engine.gate.clear()
     work.work_until_step(work.queue.add(toml(steps=5000)).id, 2)
-    Orders(site, T).pictures("models/b", *VALUES)
+    Orders(site, T).pictures(TAB, "models/b", *VALUES)
     assert "pauses" in Shown(site, T).act(clicked(act="pause"))
     work.work_until(1, "paused")
     return site
@@ -325,7 +297,7 @@ def test_a_run_that_was_paused_to_draw_goes_on_when_all_is_drawn(busy: Site, wor
 
     assert work.queue.job(1).status == "queued"
     work.queue.pause(1)
-    Orders(busy, T).pictures("models/b", *VALUES)
+    Orders(busy, T).pictures(TAB, "models/b", *VALUES)
     draw_all(busy, engine)
     assert work.queue.job(1).status == "paused", "this time a person paused it"
 
@@ -351,6 +323,36 @@ def test_a_run_that_was_paused_to_draw_goes_on_after_the_web_ui_was_killed(
     assert work.queue.job(1).status == "paused"
     again.studio.desk.cancel()
     busy.studio.desk.cancel()
+
+
+@pytest.mark.parametrize("is_killed", [False, True], ids=["drawn", "web UI killed"])
+def test_what_waits_leaves_the_device_to_the_drawing_and_then_goes_on_in_its_order(
+    work: Bench, engine: GreyEngine, is_killed: bool
+) -> None:
+    site = with_grey_engine(work, engine)
+    engine.gate.clear()
+    failed = work.queue.add(toml("failed", how="nan")).id
+    work.work_until(failed, "failed")
+    first, cancelled, last = (work.queue.add(toml(name, steps=5000)).id for name in ("first", "cancelled", "last"))
+    work.queue.retry(failed)
+    work.queue.move(failed, 3)
+    work.work_until_step(first, 2)
+    Orders(site, T).pictures(TAB, "models/b", *VALUES)
+    Shown(site, T).act(clicked(act="pause"))
+    work.work_until(first, "paused")
+
+    for _ in range(3):
+        work.runner.turn()
+    assert [work.queue.job(id).status for id in (cancelled, failed, last)] == ["paused", "failed", "paused"]
+    work.queue.cancel(cancelled)
+    if is_killed:
+        with_grey_engine(work, engine)
+        site.studio.desk.cancel()
+    else:
+        draw_all(site, engine)
+
+    waiting = [job.id for job in work.queue.jobs() if job.status == "queued"]
+    assert waiting == [first, failed, last]
 
 
 def test_a_run_is_not_left_paused_when_the_last_picture_was_done_meanwhile(

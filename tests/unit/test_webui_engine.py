@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
 from lora_diffusion.cli import app
+from lora_diffusion.generation.request import Request
+from lora_diffusion.jobs.device_lock import NoLongerWanted as Refused
+from lora_diffusion.jobs.device_lock import device_lock, holder_of
 from lora_diffusion.jobs.queue import Queue
+from lora_diffusion.runs import RunFolder
 from lora_diffusion.workspace import Workspace
+from tests.grey_engine import clicked, opened_tab
+from tests.queues import wait_for
 from webui.pages.generate.results import Shown
 from webui.services import engine as module
+from webui.services.drawings import NoLongerWanted, Progress
 from webui.services.engine import RECORD, STARTED
+from webui.services.machine import read_machine
 from webui.services.site import Site, make_site
 from webui.translate import Translator
 
@@ -88,15 +98,15 @@ def test_a_base_of_the_hub_is_named_to_the_engine_as_it_is(site: Site, commands:
 
 def test_the_page_shows_an_idle_engine_and_ends_it(site: Site, commands: list[list[str]]) -> None:
     shown = Shown(site, T)
-    assert 'data-act="free"' not in shown.draw(None)[0]  # pyright: ignore[reportArgumentType]
+    assert 'data-act="free"' not in shown.draw(opened_tab())[0]
     pid = ready(site, "models/my base.safetensors").pid
-    assert "my base is in memory" in shown.draw(None)[0]  # pyright: ignore[reportArgumentType]
+    assert "my base is in memory" in shown.draw(opened_tab())[0]
 
-    said = shown.act(SimpleNamespace(_data={"act": "free"}))  # pyright: ignore[reportArgumentType]
+    said = shown.act(clicked(act="free"))
 
     assert "memory is free" in said
     assert not psutil.pid_exists(pid) and site.studio.engine.record() is None
-    assert 'data-act="free"' not in shown.draw(None)[0]  # pyright: ignore[reportArgumentType]
+    assert 'data-act="free"' not in shown.draw(opened_tab())[0]
 
 
 def test_an_engine_that_is_just_ending_is_followed_by_another(site: Site, commands: list[list[str]]) -> None:
@@ -109,6 +119,73 @@ def test_an_engine_that_is_just_ending_is_followed_by_another(site: Site, comman
         record = ready(site, "models/b")
 
     assert len(commands) == 1 and record.pid != ending.pid
+
+
+def test_while_another_process_has_the_device_no_base_is_loaded_beside_its_own(
+    site: Site, commands: list[list[str]]
+) -> None:
+    path = site.workspace.lock("cuda-0" if read_machine().is_gpu else "cpu")
+    told: list[Progress] = []
+    wanted = threading.Event()
+    wanted.set()
+
+    def order(pool: ThreadPoolExecutor) -> Future[module.Record]:
+        told.clear()
+        return pool.submit(site.studio.engine.ready, "models/b", told.append, lambda: not wanted.is_set())
+
+    with ThreadPoolExecutor() as pool:
+        with device_lock(path, "the training of ink"):
+            cancelled = order(pool)
+            wait_for(lambda: bool(told))
+            wanted.clear()
+            with pytest.raises(NoLongerWanted):
+                cancelled.result(10)
+            wanted.set()
+            drawn = order(pool)
+            wait_for(lambda: len(told) > 2)
+            assert {(progress.phase, progress.position) for progress in told} == {("in line", 1)}
+            assert told[0].note == f"waiting for the device (the training of ink, process {os.getpid()})"
+            assert commands == []
+        assert drawn.result(60).base == "models/b"
+    assert len(commands) == 1
+    assert told[-1].phase == "starting"
+
+
+def test_the_choices_are_shown_while_a_run_trains_and_need_no_engine(site: Site, commands: list[list[str]]) -> None:
+    path = site.workspace.lock("cuda-0" if read_machine().is_gpu else "cpu")
+    run, desk = RunFolder(site.workspace.runs / "ink"), site.studio.desk
+    run.path.mkdir(parents=True)
+    run.prepare(resume=False)
+    with run.lock(), device_lock(path, "the training of ink"):
+        run.begin(1, 9)
+        desk.add("pictures", "models/b", [Request("a red house")])
+        wait_for(lambda: desk.drawings()[0].phase == "in line")
+        shown = Shown(site, T).draw(opened_tab())[0]
+        assert all(f'data-act="{act}"' in shown for act in ("live", "pause", "wait"))
+
+        assert "ink draws it" in Shown(site, T).act(clicked(act="live"))
+
+        wait_for(lambda: desk.drawings()[0].phase == "cancelled")
+    assert commands == []
+
+
+def test_the_device_is_held_while_the_base_is_loaded_and_free_for_the_drawing(
+    site: Site, commands: list[list[str]]
+) -> None:
+    path = site.workspace.lock("cuda-0" if read_machine().is_gpu else "cpu")
+    holders: list[str] = []
+
+    def report(progress: Progress) -> None:
+        if progress.phase == "starting":
+            holders.append(holder_of(path))
+            with pytest.raises(Refused), device_lock(path, "a training", lambda: True):
+                pytest.fail("a training took the device")
+
+    site.studio.engine.ready("models/b", report, lambda: False)
+
+    assert set(holders) == {f"the picture engine, process {os.getpid()}"}
+    with device_lock(path, "a training", lambda: True):
+        pass
 
 
 def typer_command(name: str) -> Any:

@@ -15,6 +15,12 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 90.0
+_WITHOUT_RUNNER = """
+import webui.launch
+webui.launch.keep_queue_going = lambda queue: None
+from lora_diffusion.cli import app
+app()
+"""
 
 
 @dataclass
@@ -52,10 +58,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start_web_server(root: Path, port: int | None = None) -> WebServer:
-    """Returns when it answers."""
+def start_web_server(root: Path, port: int | None = None, *, starts_runner: bool = True) -> WebServer:
+    """Returns when it answers. starts_runner: as users have it; not where the runner is the test's own."""
     port = port or free_port()
-    command = [sys.executable, "-m", "lora_diffusion", "ui", "--no-browser", "--root", str(root), "--port", str(port)]
+    program = ["-m", "lora_diffusion"] if starts_runner else ["-c", _WITHOUT_RUNNER]
+    command = [sys.executable, *program, "ui", "--no-browser", "--root", str(root), "--port", str(port)]
     with (root / "ui.txt").open("ab") as log:
         started = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
     server = WebServer(root, f"http://127.0.0.1:{port}", started)

@@ -66,8 +66,10 @@ def _chip(words: str, prompt: str) -> Markup:
     )
 
 
-def render_status(t: Translator, drawings: Sequence[Drawing], last: Drawing | None, training: Job | None) -> Markup:
-    """What is being drawn, or why the last drawing failed. training: the job that has the device."""
+def render_status(
+    t: Translator, drawings: Sequence[Drawing], last: Drawing | None, training: Job | None, tab: str
+) -> Markup:
+    """What is being drawn, or why the last drawing failed. training: the job that has the device. tab: who looks."""
     if not drawings:
         if last is not None and last.phase == "failed":
             return html('<p class="said bad" role="alert">{text}</p>', text=last.message)
@@ -89,8 +91,21 @@ def render_status(t: Translator, drawings: Sequence[Drawing], last: Drawing | No
         count=count,
         note="" if waits_for_device and training else progress.note,
         share=now.share,
-        more=html("<span>{text}</span>", text=t("generate.more", n=len(drawings) - 1)) if len(drawings) > 1 else "",
+        more=_more(t, drawings, tab),
         choices=_choices(t, training) if waits_for_device and training else "",
+    )
+
+
+def _more(t: Translator, drawings: Sequence[Drawing], tab: str) -> Markup:
+    """What is in line, and a button that ends it all where the tab's own does not."""
+    number = len(drawings)
+    more = html("<span>{text}</span>", text=t("generate.more", n=number - 1)) if number > 1 else Markup("")
+    if all(drawing.tab == tab for drawing in drawings):
+        return more
+    return more + html(
+        '<span><button type="button" class="quiet" data-act="cancel" data-confirm="{ask}">{text}</button></span>',
+        ask=t("generate.cancel_all.ask", n=number),
+        text=t("generate.cancel_all"),
     )
 
 

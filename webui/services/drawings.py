@@ -69,7 +69,10 @@ class Draws(Protocol):
 
 @dataclass(frozen=True)
 class Drawing:
-    """Something that was asked for, as it is now. pictures: by request, None where there is none yet."""
+    """Something that was asked for, as it is now. pictures: by request, None where there is none yet.
+
+    tab: the opened page that ordered it, as Gradio counts them; empty for a program.
+    """
 
     id: int
     kind: Kind
@@ -81,6 +84,7 @@ class Drawing:
     message: str = ""
     sheet: Sheet | None = None
     sheet_file: Path | None = None
+    tab: str = ""
     asked: float = field(default_factory=time.time)
     ended: float | None = None
 
@@ -121,7 +125,9 @@ class Desk:
     _stopped: set[int] = field(default_factory=set[int])
     _thread: threading.Thread | None = None
 
-    def add(self, kind: Kind, base: str, requests: Sequence[Request], sheet: Sheet | None = None) -> Drawing:
+    def add(
+        self, kind: Kind, base: str, requests: Sequence[Request], sheet: Sheet | None = None, *, tab: str | None = None
+    ) -> Drawing:
         """Put it in line. Raises UserError if it is too much, or the line is full."""
         limit = 400 if kind == "sheet" else MAX_PICTURES
         if not 1 <= len(requests) <= limit:
@@ -130,7 +136,8 @@ class Desk:
             if sum(other.is_unfinished for other in self._drawings.values()) >= MAX_WAITING:
                 raise UserError(f"Busy: {MAX_WAITING} drawings are in line already. Try again when some are done.")
             id = next(self._numbers)
-            drawing = Drawing(id, kind, base, tuple(requests), pictures=(None,) * len(requests), sheet=sheet)
+            nothing = (None,) * len(requests)
+            drawing = Drawing(id, kind, base, tuple(requests), pictures=nothing, sheet=sheet, tab=tab or "")
             self._drawings[id] = drawing
             for old in [d.id for d in self._drawings.values() if not d.is_unfinished][:-KEPT]:
                 del self._drawings[old]
@@ -152,6 +159,12 @@ class Desk:
     def unfinished(self) -> list[Drawing]:
         """In the order in which they are drawn."""
         return [drawing for drawing in reversed(self.drawings()) if drawing.is_unfinished]
+
+    def adapters(self) -> frozenset[str]:
+        """What the unfinished drawings call."""
+        return frozenset(
+            name for drawing in self.unfinished() for request in drawing.requests for name in request.adapters
+        )
 
     def latest(self, *kinds: Kind) -> Drawing | None:
         return next((drawing for drawing in self.drawings() if drawing.kind in kinds), None)

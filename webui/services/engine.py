@@ -6,12 +6,12 @@ some time, or a job wants the device. Nobody else sees its token.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,13 @@ import psutil
 from lora_diffusion.errors import UserError
 from lora_diffusion.files import write_json_atomically
 from lora_diffusion.generation.request import Request
+from lora_diffusion.jobs import device_lock as lock
 from lora_diffusion.jobs.processes import reap_when_done, start_detached, start_time
 from lora_diffusion.runs import is_process
 from lora_diffusion.workspace import Workspace
 from webui.services.bases import base_argument
 from webui.services.drawings import NoLongerWanted, Progress, Report, Stopped
+from webui.services.machine import read_machine
 
 RECORD = "engine.json"
 LOG = "engine.log"
@@ -103,8 +105,9 @@ class Engine:
                 return record
             end(record)
         self._known_names = frozenset()
-        report(Progress("starting"))
-        return self._start(base, report, stopped)
+        with self._device(report, stopped):
+            report(Progress("starting"))
+            return self._start(base, report, stopped)
 
     def stop(self) -> None:
         """End the engine, if there is one, also one that still loads: its memory is free then."""
@@ -112,6 +115,21 @@ class Engine:
         if record is not None:
             end(record)
         self._starting("")
+
+    @contextmanager
+    def _device(self, report: Report, stopped: Stopped) -> Iterator[None]:
+        """Hold the device while a base is loaded: beside what another process has in memory there may be no room."""
+        path = self.workspace.lock("cuda-0" if read_machine().is_gpu else "cpu")
+
+        def is_over() -> bool:
+            report(Progress("in line", 1, note=f"waiting for the device ({lock.holder_of(path)})"))
+            return stopped()
+
+        try:
+            with lock.device_lock(path, "the picture engine", is_over):
+                yield
+        except lock.NoLongerWanted:
+            raise NoLongerWanted from None
 
     def _start(self, base: str, report: Report, stopped: Stopped) -> Record:
         found = self._starting(base)
@@ -154,6 +172,7 @@ class Engine:
         for folder in (self.workspace.adapters, self.workspace.runs):
             folder.mkdir(parents=True, exist_ok=True)  # what is put there later is found too
         folders = [folder for folder in self.adapters if folder.is_dir()]
+        self._known_names = self.names()
         self._log.parent.mkdir(parents=True, exist_ok=True)
         self._log.write_bytes(b"")
         command = [
@@ -182,7 +201,7 @@ class Engine:
 
 def end(record: Record) -> None:
     """Ask the engine to end, and end it if it does not."""
-    with contextlib.suppress(httpx.HTTPError):
+    with suppress(httpx.HTTPError):
         httpx.post(
             f"{record.url}/v1/shutdown", headers={"Authorization": f"Bearer {record.token}"}, timeout=5, trust_env=False
         )
@@ -204,7 +223,7 @@ def _is_alive(process: psutil.Process) -> bool:
 
 def _kill(process: psutil.Process) -> None:
     """At once: what does not listen yet has nothing to lose."""
-    with contextlib.suppress(psutil.Error):
+    with suppress(psutil.Error):
         process.kill()
         process.wait(20)
 

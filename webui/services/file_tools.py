@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,11 +97,12 @@ class FileTools:
             raise ToolError(f"adapters/{target.name} is there already. Choose another name.")
         return target
 
-    def preview_file(self, token: str) -> Path:
-        """Where a merged file is written that is to be looked at; earlier ones go."""
+    def preview_file(self, token: str, needed: Container[str] = ()) -> Path:
+        """Where a merged file is written that is to be looked at; earlier ones go, but not those of a `needed` name."""
         self.previews.mkdir(parents=True, exist_ok=True)
         for old in self.previews.glob(f"*{SUFFIX}"):
-            old.unlink(missing_ok=True)
+            if old.stem not in needed:
+                old.unlink(missing_ok=True)
         return self.previews / f"merge preview {token}{SUFFIX}"
 
     def keep_preview(self, previewed: Path, target: Path) -> None:

@@ -23,7 +23,10 @@ class Follower:
     lock: Lock = field(default_factory=Lock)
 
     def read_log(self) -> list[str]:
-        self.log.extend(self.run.new_log().splitlines())
+        started_anew, new = self.run.new_log()
+        if started_anew:
+            self.log.clear()
+        self.log.extend(new.splitlines())
         return list(self.log)
 
 

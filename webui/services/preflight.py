@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lora_diffusion
+from lora_diffusion.jobs.device_lock import DEVICE, VARIABLE
 from lora_diffusion.workspace import Workspace
 
 TIMEOUT_S = 900
@@ -39,7 +40,7 @@ def check(workspace: Workspace, toml: str, timeout_s: float = TIMEOUT_S) -> Pref
             done = subprocess.run(
                 [*COMMAND, "check", "--json", "--config", str(config)],
                 cwd=workspace.root,
-                env=environment(),
+                env=environment() | {VARIABLE: str(workspace.lock(DEVICE))},
                 capture_output=True,
                 text=True,
                 encoding="utf-8",

@@ -45,26 +45,34 @@ class Studio:
         return next((job for job in self.queue.jobs() if job.status in ACTIVE), None)
 
     def pause_training(self) -> Job | None:
-        """Pause the run that has the device until everything is drawn."""
-        job = self.training()
-        if job is not None:
-            with self._lock:
-                self._write_paused([*self._read_paused(), job.id])
+        """Pause the run that has the device until everything is drawn, and what waits, which would take its place.
+
+        Returns the former.
+        """
+        with self._lock:
+            jobs = self.queue.jobs()
+            active = [job for job in jobs if job.status in ACTIVE]
+            waiting = [job for job in jobs if job.status == "queued"]
+            if not active:
+                return None
+            self._write_paused([*self._read_paused(), *(job.id for job in (*active, *waiting))])
+            for job in (*waiting, *active):  # what waits first: it starts as soon as the device is free
                 self.queue.pause(job.id)
-            if not self.desk.unfinished():  # the last picture was done while this was asked for
-                self.resume_training()
-        return job
+        if not self.desk.unfinished():  # the last picture was done while this was asked for
+            self.resume_training()
+        return active[0]
 
     def resume_training(self) -> None:
-        """Let the jobs go on that were paused to draw, unless someone has resumed or ended them."""
+        """Let the jobs go on that were paused to draw, in their order, unless someone has resumed or ended them."""
         with self._lock:
             paused = self._read_paused()
-            for id in paused:
-                try:
-                    self.queue.resume_paused(id)
-                except UserError as error:
-                    logger.warning("job %d was paused to draw and does not go on: %s", id, error)
-            if paused:
+            if not paused:
+                return
+            try:
+                self.queue.resume_paused(paused)
+            except UserError as error:
+                logger.warning("Jobs that were paused to draw do not go on (%s): %s", _listed(paused), error)
+            else:
                 self._write_paused([])
 
     def _read_paused(self) -> list[int]:
@@ -109,6 +117,10 @@ def make_studio(places: Places, queue: Queue) -> Studio:
     studio.desk.when_idle = studio.resume_training
     studio.resume_training()  # what an earlier web UI paused, and did not live to resume
     return studio
+
+
+def _listed(ids: Iterable[int]) -> str:
+    return ", ".join(map(str, ids))
 
 
 def settle(parameters: Parameters, library: Library) -> tuple[Request, list[str]]:

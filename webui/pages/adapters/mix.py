@@ -28,7 +28,7 @@ EVERY_S = 1.0
 def connect(site: Site, t: Translator, demo: gr.Blocks, inspector: Inspector, redraw: dict[str, Any]) -> None:
     """Events of the tab Mix."""
     handlers, mix, out = Mixing(site, t), inspector.mix, inspector.said
-    merged, shown = gr.State(""), gr.State(0)
+    merged, ordered, shown = gr.State(""), gr.State(0), gr.State(0)
     recipe = [mix.text, mix.method, mix.rank, mix.base]
 
     def working() -> str:
@@ -36,14 +36,15 @@ def connect(site: Site, t: Translator, demo: gr.Blocks, inspector: Inspector, re
 
     demo.load(handlers.stack, mix.text, mix.stack, **QUICK)
     connect_stack(mix.text, mix.stack, handlers.stack)
-    mix.preview.click(working, None, out, **QUICK).then(handlers.preview, [*recipe, mix.prompt], [merged, out], **TOOLS)
+    mix.preview.click(working, None, out, **QUICK).then(
+        handlers.preview, [*recipe, mix.prompt], [merged, ordered, out], **TOOLS
+    )
     mix.save.click(working, None, out, **QUICK).then(handlers.save, [*recipe, mix.name, merged], out, **TOOLS).then(
         **redraw
     )
     mix.bake.click(working, None, out, **QUICK).then(handlers.bake, [mix.text, mix.base, mix.name], out, **TOOLS)
     mix.overlap.click(working, None, out, **QUICK).then(handlers.overlap, mix.text, [mix.heat, out], **TOOLS)
-    demo.load(handlers.latest_trial, None, shown, **QUICK)
-    gr.Timer(EVERY_S).tick(handlers.trial, shown, [shown, mix.slider, out], **QUICK)
+    gr.Timer(EVERY_S).tick(handlers.trial, [ordered, shown], [shown, mix.slider, out], **QUICK)
 
 
 @dataclass(frozen=True)
@@ -63,18 +64,18 @@ class Mixing:
 
     def preview(
         self, mixed: str, method: str, rank: float | None, base_id: str | None, prompt: str
-    ) -> tuple[object, str]:
-        """Merge into a file that is only looked at, and have both drawn."""
-        tools = self.site.studio.tools
+    ) -> tuple[object, object, str]:
+        """Merge into a file that is only looked at, and have both drawn: its ticket, the drawing's id, what is said."""
+        studio = self.site.studio
         try:
             base = self._base(base_id)
             weights = self._weights(mixed, 2)
-            target = tools.preview_file(secrets.token_hex(3))
-            tools.merge(weights, target, method, int(rank) if rank else None, self._path(base))
-            self.site.studio.desk.add("trial", base.id, _both(base, prompt, mixed, target))
+            target = studio.tools.preview_file(secrets.token_hex(3), studio.desk.adapters())
+            studio.tools.merge(weights, target, method, int(rank) if rank else None, self._path(base))
+            drawing = studio.desk.add("trial", base.id, _both(base, prompt, mixed, target))
         except UserError as error:
-            return gr.skip(), said(str(error), bad=True)
-        return _ticket(mixed, method, rank, target.name), said(self.t("adapters.mix.drawing"))
+            return gr.skip(), gr.skip(), said(str(error), bad=True)
+        return _ticket(mixed, method, rank, target.name), drawing.id, said(self.t("adapters.mix.drawing"))
 
     def save(self, mixed: str, method: str, rank: float | None, base_id: str | None, name: str, looked_at: str) -> str:
         """looked_at: the ticket of the preview; if nothing has changed since, that file is what is saved."""
@@ -115,22 +116,17 @@ class Mixing:
         except UserError as error:
             return "", said(str(error), bad=True)
 
-    def trial(self, before: int) -> tuple[object, ...]:
-        """The pictures of a preview that has ended since the one with the id `before`, and what is said."""
-        drawing = self.site.studio.desk.latest("trial")
-        if drawing is None or drawing.id == before or drawing.is_unfinished:
+    def trial(self, ordered: int, shown: int) -> tuple[object, ...]:
+        """The pictures of this tab's preview, `ordered`, when it has ended and is not yet `shown`; what is said."""
+        drawing = self.site.studio.desk.get(ordered) if ordered != shown else None
+        if drawing is None or drawing.is_unfinished:
             return gr.skip(), gr.skip(), gr.skip()
         if drawing.phase != "done":
-            return drawing.id, gr.skip(), said(drawing.message, bad=True)
+            return drawing.id, gr.skip(), said(drawing.message or self.t("generate.cancelled"), bad=True)
         images = drawing.pair()
         if images is None:
             return drawing.id, gr.skip(), gr.skip()
         return drawing.id, gr.ImageSlider(value=images, visible=True), said(self.t("adapters.mix.preview.about"))
-
-    def latest_trial(self) -> int:
-        """The preview that had ended when the page was opened: it is not shown again."""
-        drawing = self.site.studio.desk.latest("trial")
-        return drawing.id if drawing is not None and not drawing.is_unfinished else 0
 
     def _weights(self, mixed: str, least: int) -> dict[Path, float]:
         found: dict[Path, float] = {}

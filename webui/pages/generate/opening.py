@@ -92,7 +92,7 @@ class Opening:
             self._size_list(base, request.size) if base and request.size else gr.skip(),
         ]
 
-    def act_on_picture(self, base_id: str, event: gr.EventData) -> list[object]:
+    def act_on_picture(self, base_id: str, request: gr.Request, event: gr.EventData) -> list[object]:
         """Draw it again with another seed, take its settings, or put it into the trash."""
         picture = self.site.studio.gallery.find(str(event._data.get("id", "")))
         if picture is None:
@@ -102,33 +102,33 @@ class Opening:
                 move_to_trash(self.site.workspace, self.site.places.resolve(picture.id))
                 return [*UNCHANGED, said(self.t("generate.deleted", name=picture.name))]
             case "use" if picture.parameters:
-                request, unknown = self.site.studio.settle(picture.parameters)
-                return [*self.fill(request, self._base(base_id)), self._about(request, unknown, picture.name)]
+                settled, unknown = self.site.studio.settle(picture.parameters)
+                return [*self.fill(settled, self._base(base_id)), self._about(settled, unknown, picture.name)]
             case "again" if picture.parameters:
-                return [*UNCHANGED, self.draw_again(base_id, picture)]
+                return [*UNCHANGED, self.draw_again(base_id, picture, request)]
         return [*UNCHANGED, ""]
 
-    def draw_again(self, base_id: str, picture: Picture) -> str:
+    def draw_again(self, base_id: str, picture: Picture, request: gr.Request) -> str:
         """Order it with a new seed and everything else as it was. Returns what is said."""
         assert picture.parameters is not None
-        request, unknown = self.site.studio.settle(picture.parameters)
-        if request.sampler not in SAMPLERS:
-            return self._about(request, unknown, "")
+        settled, unknown = self.site.studio.settle(picture.parameters)
+        if settled.sampler not in SAMPLERS:
+            return self._about(settled, unknown, "")
         form = DrawingForm(
-            prompt=request.prompt,
-            negative=request.negative,
-            steps=request.steps,
-            cfg=request.cfg,
-            sampler=request.sampler,
-            clip_skip=request.clip_skip,
+            prompt=settled.prompt,
+            negative=settled.negative,
+            steps=settled.steps,
+            cfg=settled.cfg,
+            sampler=settled.sampler,
+            clip_skip=settled.clip_skip,
             count=1,
             width=picture.width,
             height=picture.height,
             seed=0,
             seed_mode="random",
         )
-        refused, _ = Orders(self.site, self.t).pictures(base_id, *vars(form).values())
-        return str(refused) or self._about(request, unknown, "")
+        refused, _ = Orders(self.site, self.t).pictures(request, base_id, *vars(form).values())
+        return str(refused) or self._about(settled, unknown, "")
 
     def open_png(self, file: str | None, base_id: str | None) -> list[object]:
         """The settings in a picture that was dropped; the last value empties the field of files."""

@@ -43,32 +43,32 @@ class Orders:
     site: Site
     t: Translator
 
-    def pictures(self, base_id: str, *values: Any) -> tuple[object, object]:
+    def pictures(self, request: gr.Request, base_id: str, *values: Any) -> tuple[object, object]:
         """What is said, and the next seed."""
         form = DrawingForm(*values)
         try:
             requests = form.requests()
-            self.site.studio.desk.add("pictures", self._base(base_id), requests)
+            self.site.studio.desk.add("pictures", self._base(base_id), requests, tab=request.session_hash)
         except UserError as error:
             return said(str(error), bad=True), gr.skip()
         return "", next_seed(form, requests)
 
-    def comparison(self, base_id: str, *values: Any) -> str:
+    def comparison(self, request: gr.Request, base_id: str, *values: Any) -> str:
         try:
-            request = DrawingForm(*values).request()
-            if not request.adapters:
+            wanted = DrawingForm(*values).request()
+            if not wanted.adapters:
                 return said(self.t("generate.compare.none"), bad=True)
-            requests = [replace(request, adapters={}), request]
-            self.site.studio.desk.add("comparison", self._base(base_id), requests)
+            requests = [replace(wanted, adapters={}), wanted]
+            self.site.studio.desk.add("comparison", self._base(base_id), requests, tab=request.session_hash)
         except UserError as error:
             return said(str(error), bad=True)
         return ""
 
-    def grid(self, base_id: str, xn: str, xv: str, yn: str, yv: str, *values: Any) -> str:
+    def grid(self, request: gr.Request, base_id: str, xn: str, xv: str, yn: str, yv: str, *values: Any) -> str:
         try:
             sheet = DrawingForm(*values).sheet((xn, xv), (yn, yv))
             requests = [cell.request for cell in sheet.cells()]
-            self.site.studio.desk.add("sheet", self._base(base_id), requests, sheet)
+            self.site.studio.desk.add("sheet", self._base(base_id), requests, sheet, tab=request.session_hash)
         except UserError as error:
             return said(str(error), bad=True)
         return ""
@@ -85,10 +85,16 @@ class Orders:
             parts.append(self.t("generate.grid.time", time=duration(seconds * number)))
         return str(html('<p class="hint"><b>{a}</b> · {b}</p>', a=" · ".join(parts), b=self.t("generate.grid.hint")))
 
-    def cancel(self) -> str:
-        was_drawing = bool(self.site.studio.desk.unfinished())
-        self.site.studio.desk.cancel()
-        return said(self.t("generate.cancelled")) if was_drawing else ""
+    def cancel(self, request: gr.Request) -> str:
+        """End what this tab has ordered, and nothing of others."""
+        desk = self.site.studio.desk
+        unfinished = desk.unfinished()
+        own = [drawing for drawing in unfinished if drawing.tab == request.session_hash]
+        for drawing in own:
+            desk.cancel(drawing.id)
+        if own:
+            return said(self.t("generate.cancelled"))
+        return said(self.t("generate.cancel.others"), bad=True) if unfinished else ""
 
     def _base(self, id: str | None) -> str:
         return find_base(self.site.places, id or "").id

@@ -36,7 +36,7 @@ class Shown:
     site: Site
     t: Translator
 
-    def draw(self, _request: gr.Request) -> list[Markup]:
+    def draw(self, request: gr.Request) -> list[Markup]:
         """Status, gallery, grid."""
         studio, places = self.site.studio, self.site.places
         unfinished = studio.desk.unfinished()
@@ -45,7 +45,7 @@ class Shown:
         sheet = studio.desk.latest("sheet")
         drawings = studio.desk.drawings()
         return [
-            render_status(self.t, unfinished, drawings[0] if drawings else None, training)
+            render_status(self.t, unfinished, drawings[0] if drawings else None, training, str(request.session_hash))
             + render_engine(self.t, loaded.base_name if loaded else ""),
             render_gallery(self.t, studio.gallery.newest()),
             render_grid(
@@ -64,7 +64,7 @@ class Shown:
         return drawing.id, drawing.pair()
 
     def act(self, event: gr.EventData) -> str:
-        """End the idle engine, or a choice for what waits because a training has the device: pause it, ask it, wait."""
+        """End the idle engine or all drawings, or a choice while a training has the device: pause it, ask it, wait."""
         studio = self.site.studio
         unfinished = studio.desk.unfinished()
         act = str(event._data.get("act"))
@@ -73,6 +73,9 @@ class Shown:
             return said(self.t("generate.freed"))
         if act == "free" or not unfinished:
             return ""
+        if act == "cancel":
+            studio.desk.cancel()
+            return said(self.t("generate.cancelled"))
         try:
             if act == "pause":
                 job = studio.pause_training()
