@@ -116,7 +116,7 @@ def _wanted(members: Sequence[Member], *, resume: bool) -> list[_Run]:
         if state is not None and state.status == "finished" and not _is_longer(member.config, folder, state):
             logger.info("%s: finished already.", member.name)
         else:
-            runs.append(_Run(member, folder, resumes=state is not None and folder.has_checkpoint))
+            runs.append(_Run(member, folder, resumes=resume and folder.has_checkpoint))
     if resume and len(runs) == len(members) and not any(run.resumes for run in runs):
         raise UserError("--resume: no run of this sweep has a checkpoint. Start without --resume.")
     return runs
