@@ -101,14 +101,14 @@ def generate(
 ) -> None:
     """Draw pictures with any number of adapters, each at its own strength."""
     with errors_as_messages(debug):
-        from lora_diffusion.formats.argument import parse_adapter
+        from lora_diffusion.formats.argument import parse_adapters
         from lora_diffusion.tools.outputs import check_output_folder
 
         check_output_folder(out)
         with lasting_imports():
             from lora_diffusion.generation.request_line import parse_size, write_pictures
 
-        adapters = dict(parse_adapter(text) for text in adapter or ())
+        adapters = parse_adapters(adapter or ())
         picture_size = parse_size(size) if size else None
 
         from lora_diffusion.generation.request import Request, adapter_name

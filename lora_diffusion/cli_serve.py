@@ -49,7 +49,7 @@ def grid(
     """
     with errors_as_messages(debug):
         from lora_diffusion.errors import UserError
-        from lora_diffusion.formats.argument import parse_adapter
+        from lora_diffusion.formats.argument import parse_adapters
         from lora_diffusion.generation.request import Request, adapter_name
         from lora_diffusion.generation.request_line import parse_size, write_sheet
         from lora_diffusion.generation.sheet import Sheet, parse_axis
@@ -60,7 +60,7 @@ def grid(
         if out.is_dir():
             raise UserError(f"--out {out}: this is a folder. Choose another name.")
         check_output_folder(out.parent)
-        chosen = dict(parse_adapter(text) for text in adapter or ())
+        chosen = parse_adapters(adapter or ())
         request = Request(
             prompt=prompt,
             negative=negative,

@@ -275,7 +275,7 @@ class RunFolder:
         self._check_writable(min_free_bytes)
         state = self.read_state()
         contents = self._contents()
-        if resume and state is None:
+        if resume and state is None and not self.has_checkpoint:
             raise RunFolderError(
                 f"--resume: {self.path} holds no run. Start without --resume, or check run.output for a typo."
             )
@@ -286,10 +286,11 @@ class RunFolder:
                 f"{self.path} is not empty and holds no run ({contents[0].name}, …). Choose another folder with "
                 "--set run.output=…"
             )
-        if state is not None and state.status != "finished" and self.has_checkpoint:
+        if self.has_checkpoint and (state is None or state.status != "finished"):
+            how_far = f"{state.status} at step {state.step} of {state.steps}" if state else "it has no state.json"
             raise RunFolderError(
-                f"{self.path} holds an unfinished run ({state.status} at step {state.step} of {state.steps}). Add "
-                "--resume to continue it, or start anew in another folder with --set run.output=…"
+                f"{self.path} holds an unfinished run ({how_far}). Add --resume to continue it, or start anew in "
+                "another folder with --set run.output=…"
             )
 
     def _contents(self) -> list[Path]:

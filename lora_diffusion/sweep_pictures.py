@@ -6,10 +6,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
-
 from lora_diffusion.config_sweep import Member
-from lora_diffusion.generation.grid import comparison_sheet
+from lora_diffusion.generation.grid import comparison_sheet, open_reduced, save_sheet
 from lora_diffusion.generation.plots import losses_plot
 from lora_diffusion.runs import RunFolder
 from lora_diffusion.training.tracking import latest_per_step, read_metrics
@@ -26,9 +24,12 @@ def draw_contact_sheet(members: Sequence[Member], folder: Path) -> Path | None:
     rows = list(dict.fromkeys(row for own in pictures.values() for row in own))
     if not any(pictures.values()):
         return None
-    columns = {f"{member.label}": [_open(pictures[member.name].get(row)) for row in rows] for member in members}
+    num_cells = max(len(rows), len(members))
+    columns = {
+        member.label: [open_reduced(pictures[member.name].get(row), num_cells) for row in rows] for member in members
+    }
     folder.mkdir(parents=True, exist_ok=True)
-    comparison_sheet(columns, [prompt for prompt, _ in rows]).save(folder / CONTACT_SHEET)
+    save_sheet(comparison_sheet(columns, [prompt for prompt, _ in rows]), folder / CONTACT_SHEET)
     logger.info("side by side       %s", folder / CONTACT_SHEET)
     return folder / CONTACT_SHEET
 
@@ -55,7 +56,3 @@ def _last_previews(member: Member) -> dict[tuple[str, int], Path]:
         if pictures := sorted(run.previews.glob(f"[0-9]*-{index}.png"), key=lambda path: int(path.name.split("-")[0])):
             found[prompt, preview.seed + index] = pictures[-1]
     return found
-
-
-def _open(path: Path | None) -> Image.Image | None:
-    return Image.open(path).convert("RGB") if path else None

@@ -100,11 +100,21 @@ def run_sweep(members: Sequence[Member], folder: Path, *, resume: bool) -> None:
         if runs:
             with compiler_if_wanted(members[0].config, accelerator):
                 _train(runs)
-    draw_contact_sheet(members, folder)
-    draw_losses(members, folder)
+    try:
+        draw_contact_sheet(members, folder)
+        draw_losses(members, folder)
+    except Exception as error:  # all runs have ended, and these can be done without
+        logger.warning("%s: contact sheet and loss plot cannot be written (%s)", folder, _in_words(error))
     if failed := [run for run in runs if run.error is not None]:
-        reasons = "".join(f"\n  {run.name}: {run.error}" for run in failed)
-        raise RunError(f"{len(failed)} of {len(runs)} runs of the sweep failed, the others were trained:{reasons}")
+        reasons = "".join(f"\n  {run.name}: {_in_words(run.error)}" for run in failed)
+        raise RunError(
+            f"{len(failed)} of {len(runs)} runs of the sweep failed, the others were trained:{reasons}"
+        ) from failed[0].error
+
+
+def _in_words(error: BaseException | None) -> str:
+    """A fault tells its class: its text alone, as that of a KeyError, may say nothing."""
+    return str(error) if isinstance(error, RunError | UserError | OSError) else f"{type(error).__name__}: {error}"
 
 
 def _wanted(members: Sequence[Member], *, resume: bool) -> list[_Run]:
@@ -116,7 +126,7 @@ def _wanted(members: Sequence[Member], *, resume: bool) -> list[_Run]:
         if state is not None and state.status == "finished" and not _is_longer(member.config, folder, state):
             logger.info("%s: finished already.", member.name)
         else:
-            runs.append(_Run(member, folder, resumes=state is not None and folder.has_checkpoint))
+            runs.append(_Run(member, folder, resumes=resume and folder.has_checkpoint))
     if resume and len(runs) == len(members) and not any(run.resumes for run in runs):
         raise UserError("--resume: no run of this sweep has a checkpoint. Start without --resume.")
     return runs
@@ -183,7 +193,7 @@ def _train_together(runs: Sequence[_Run], trainers: Sequence[Trainer], layout: J
 
     def on_failure(number: int, error: Exception) -> None:
         runs[number].close(error)
-        logger.error("%s The other runs go on.", runs[number].error)
+        logger.error("%s The other runs go on.", _in_words(runs[number].error))
 
     together = JointTrainer(trainers, layout, speaking, on_end, on_failure)
     with together.stop.listen():

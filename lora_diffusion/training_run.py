@@ -171,8 +171,9 @@ def leave_behind(config: TrainConfig, trainer: Trainer, adapter: Path) -> None:
     run = trainer.run
     try:
         pictures = _describe(config, trainer, adapter)
-    except OSError as error:  # the adapter is there, and these can be done without
-        logger.warning("%s: loss plot, contact sheet and model card cannot be written: %s", run.path, error)
+    except Exception as error:  # the adapter is there, and these can be done without
+        what = f"{type(error).__name__}: {error}"
+        logger.warning("%s: loss plot, contact sheet and model card cannot be written (%s)", run.path, what)
         pictures = {}
     is_complete = trainer.step >= trainer.plan.steps
     run.end("finished" if is_complete else "stopped")

@@ -59,7 +59,7 @@ class CacheReport:
 
 
 class LatentCache:
-    """The latents of a data set's pictures. Pickled copies, as data loader workers get them, only read."""
+    """The latents of a data set's pictures. Pickled copies, as data loader workers may get them, only read."""
 
     def __init__(
         self,
@@ -123,6 +123,10 @@ class LatentCache:
                 "cannot compute them. Start the run again; it will mend the cache."
             )
         return self._build({sample: [flipped]}, 1, silent)[key]
+
+    def only_read(self) -> None:
+        """From now on nothing is encoded, as in a data loader worker: one that was forked cannot use a GPU."""
+        self._encode = None
 
     def key(self, sample: Sample, flipped: bool) -> str:
         """The entry's name: a hash of all that its numbers depend on."""

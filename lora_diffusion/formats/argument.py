@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 from lora_diffusion.errors import UserError
+
+
+def parse_adapters(texts: Iterable[str]) -> dict[Path, float]:
+    """Files and strengths. A file given twice has its strengths added, as two copies of the adapter would be."""
+    strengths: dict[Path, float] = {}
+    for path, strength in map(parse_adapter, texts):
+        strengths[path] = strengths.get(path, 0.0) + strength
+    return strengths
 
 
 def parse_adapter(text: str, option: str = "--adapter") -> tuple[Path, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from functools import cached_property
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+
+from lora_diffusion.files import write_bytes_atomically
 
 PAPER = (250, 250, 248)
 INK = (34, 36, 40)
@@ -63,6 +66,27 @@ def comparison_sheet(
     num_rows = max((len(pictures) for pictures in columns.values()), default=0)
     rows = [[pictures[i] if i < len(pictures) else None for pictures in columns.values()] for i in range(num_rows)]
     return contact_sheet(rows, row_labels, list(columns), title)
+
+
+def open_reduced(path: Path | None, num_cells: int) -> Image.Image | None:
+    """A picture no larger than it is shown in a sheet of `num_cells` rows or columns; None if there is no such file.
+
+    Raises OSError if it cannot be read.
+    """
+    if path is None or not path.exists():
+        return None
+    with Image.open(path) as file:
+        picture = file.convert("RGB")
+    scale = min(1.0, _max_cell_px(num_cells) / max(picture.size))
+    size = _fitted(picture, (max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
+    return picture if size == picture.size else picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def save_sheet(sheet: Image.Image, path: Path) -> None:
+    """Write a PNG, whole or not at all."""
+    file = io.BytesIO()
+    sheet.save(file, format="PNG")
+    write_bytes_atomically(path, file.getvalue())
 
 
 def stacked(sheets: Sequence[Image.Image]) -> Image.Image:
@@ -189,9 +213,12 @@ def load_font(size_px: int, *, bold: bool = False) -> Font:
 
 def _cell_scale(side: int, num_cells: int) -> float:
     """Small pictures are enlarged by a whole factor, which keeps every line of pixels equally wide."""
-    scale = float(-(-MIN_CELL_PX // side)) if side < MIN_CELL_PX else min(1.0, MAX_CELL_PX / side)
-    limit = max(MAX_SIDE_PX / num_cells, MIN_CELL_PX / 2)
-    return min(scale, limit / side)
+    scale = float(-(-MIN_CELL_PX // side)) if side < MIN_CELL_PX else 1.0
+    return min(scale, _max_cell_px(num_cells) / side)
+
+
+def _max_cell_px(num_cells: int) -> float:
+    return min(MAX_CELL_PX, max(MAX_SIDE_PX / num_cells, MIN_CELL_PX / 2))
 
 
 def _row_lines(cell: tuple[int, int], text_px: int) -> int:
@@ -233,14 +260,19 @@ def _draw_row_label(draw: ImageDraw.ImageDraw, layout: _Layout, row: int, text: 
         y += layout.line_height
 
 
+def _fitted(picture: Image.Image, cell: tuple[int, int]) -> tuple[int, int]:
+    """The picture's size in a cell, in its own shape."""
+    scale = min(cell[0] / picture.width, cell[1] / picture.height)
+    return max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+
+
 def _place(sheet: Image.Image, layout: _Layout, row: int, column: int, picture: Image.Image | None) -> None:
     left, top = layout.corner(row, column)
     width, height = layout.cell
     if picture is None:
         ImageDraw.Draw(sheet).rectangle((left, top, left + width - 1, top + height - 1), outline=FAINT)
         return
-    scale = min(width / picture.width, height / picture.height)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    size = _fitted(picture, layout.cell)
     picture = picture.convert("RGB")
     if size != picture.size:
         picture = picture.resize(size, Image.Resampling.LANCZOS)

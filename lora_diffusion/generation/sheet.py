@@ -150,13 +150,17 @@ def check_axis(axis: Axis) -> None:
 
 
 def parse_set(text: str) -> dict[str, float]:
-    """`ink+neon:0.5` → {"ink": 1, "neon": 0.5}; `none` → {}. Raises UserError for a strength that is no number."""
+    """`ink+neon:0.5` → {"ink": 1, "neon": 0.5}; `none` → {}. A name that stands in it twice has its strengths added.
+
+    Raises UserError for a strength that is no number.
+    """
     if text == NONE:
         return {}
     adapters: dict[str, float] = {}
     for part in text.split("+"):
         name, colon, strength = part.rpartition(":")
-        adapters[name.strip() if colon else part.strip()] = _number(strength, "adapter") if colon else 1.0
+        name = name.strip() if colon else part.strip()
+        adapters[name] = adapters.get(name, 0.0) + (_number(strength, "adapter") if colon else 1.0)
     return adapters
 
 
@@ -165,11 +169,13 @@ def _set_adapters(request: Request, value: str, _axis: Axis) -> Request:
 
 
 def _set_checkpoint(request: Request, value: str, _axis: Axis) -> Request:
-    """In the place of the first adapter, at its strength."""
+    """In the place of the first adapter, at its strength: added to its own where it is another of them."""
     names = list(request.adapters)
     strength = request.adapters[names[0]] if names else 1.0
     others = {name: request.adapters[name] for name in names[1:]}
-    return replace(request, adapters=others if value == NONE else {value: strength} | others)
+    if value == NONE:
+        return replace(request, adapters=others)
+    return replace(request, adapters={value: strength + others.pop(value, 0.0)} | others)
 
 
 def _set_strength(request: Request, value: str, _axis: Axis) -> Request:

@@ -143,7 +143,7 @@ class Runner:
         if state is not None and state.status == "finished" and entry.steps <= state.step:
             self._store.change(entry.id, launcher_pid=0, ended=time.time())  # it finished before it was to be resumed
             return True
-        resume = state is not None and self._run_folder(entry).has_checkpoint
+        resume = self._run_folder(entry).has_checkpoint
         output = output_file(self.workspace, entry.id)
         output.parent.mkdir(parents=True, exist_ok=True)
         write_bytes_atomically(output, b"")

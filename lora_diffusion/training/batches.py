@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from lora_diffusion.data.batches import BatchList, Draw
 from lora_diffusion.data.cache import LatentCache
@@ -19,6 +19,7 @@ from lora_diffusion.data.captions import CaptionOptions, vary_caption
 from lora_diffusion.data.folder import Sample
 from lora_diffusion.diffusion.noise import draw_noise
 from lora_diffusion.diffusion.schedule import sample_timestep
+from lora_diffusion.errors import RunError, UserError
 from lora_diffusion.models.base import size_numbers
 from lora_diffusion.streams import stream, stream_seed
 from lora_diffusion.training.signals import STOP_SIGNALS
@@ -164,34 +165,54 @@ class LoadedBatches(Iterator[Batch]):
 
     def __init__(self, source: BatchSource, start: int, stop: int, workers: int) -> None:
         indices: Any = range(start, stop)  # any iterable of indices will do; the annotation asks for a Sampler
-        loader: DataLoader[Batch] = DataLoader(
-            source,
+        loader: DataLoader[Batch | RunError | UserError] = DataLoader(
+            _InWords(source),
             batch_size=None,
             sampler=indices,
             num_workers=workers,
             collate_fn=_as_is,
-            worker_init_fn=_leave_signals_to_trainer,
+            worker_init_fn=_begin_worker,
             # A loader seeds its workers from this generator; left out, it would draw from the global one.
             generator=stream(source.seed, "loader"),
         )
-        self._batches: Iterator[Batch] = iter(loader)
+        self._batches: Iterator[Batch | RunError | UserError] = iter(loader)
 
     def __next__(self) -> Batch:
         try:
-            return next(self._batches)
+            batch = next(self._batches)
         except BaseException as error:
             clear_frames(error.__traceback__)  # they hold the loader's iterator, with which the workers end
             raise
+        if isinstance(batch, Batch):
+            return batch
+        raise batch
 
     def close(self) -> None:
         """End the workers; there is no further batch."""
         self._batches = iter(())
 
 
-def _leave_signals_to_trainer(_worker: int) -> None:
-    """What ends a run is often sent to all its processes. The trainer stops with care, and still needs its batches."""
+@dataclass(frozen=True)
+class _InWords(Dataset[Batch | RunError | UserError]):
+    """A source that hands on errors in words for people as they are: a loader would put a traceback before them."""
+
+    source: BatchSource
+
+    def __getitem__(self, index: int) -> Batch | RunError | UserError:
+        try:
+            return self.source[index]
+        except (RunError, UserError) as error:
+            return error
+
+
+def _begin_worker(_number: int) -> None:
+    """It passes over signals and encodes nothing."""
+    # What ends a run is often sent to all its processes. The trainer stops with care, and still needs its batches.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    worker = get_worker_info()
+    assert worker is not None and isinstance(worker.dataset, _InWords)
+    worker.dataset.source.latents.only_read()
 
 
 def _as_is(batch: Any) -> Any:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from traceback import clear_frames
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lora_diffusion.adapters.joint import JointLayout, JointTogether, can_join_together
-from lora_diffusion.errors import RunError, UserError
 from lora_diffusion.models.attention import projections_with_one_input
 from lora_diffusion.models.base import Conditioning
 from lora_diffusion.training.batches import Batch
@@ -70,7 +70,7 @@ class JointTrainer:
             logger.info("All steps are launched one operation at a time, as those of %s must be.", ", ".join(waiting))
         for number, trainer in self._now():
             trainer.stop = StopRequest(self.stop)
-            self._alone(number, trainer.begin)
+            self._alone(number, trainer.begin, is_kept=False)
 
     def end(self) -> None:
         """No further step is made."""
@@ -81,14 +81,19 @@ class JointTrainer:
         self._active.pop(number, None)
         self.members[number].end_steps()
 
-    def _alone(self, number: int, action: Callable[[], T]) -> T | None:
-        """Do one member's own work: the model then holds its adapter alone, and an error ends this member only."""
+    def _alone(self, number: int, action: Callable[[], T], *, is_kept: bool = True) -> T | None:
+        """Do one member's own work: the model then holds its adapter alone, and an error ends this member only.
+
+        is_kept: what it has learned is saved after an error. Not for work that may leave weights changed in part.
+        """
         with self.layout.only(number), self.speaking(number):
             try:
-                return action()
-            except (RunError, UserError, OSError) as error:
+                with self.members[number].kept_on_error() if is_kept else nullcontext():
+                    return action()
+            except Exception as error:
                 self._leave(number)
                 self.on_failure(number, error)
+                clear_frames(error.__traceback__)  # they may hold tensors, and the others need the memory
                 return None
 
     def _let_go(self) -> None:
@@ -114,7 +119,7 @@ class JointTrainer:
         with self._kept_on_error():
             batches = self._drawn(Trainer.next_micro_batches)
             totals = self._losses_of(batches)
-        made = {n: self._alone(n, lambda t=t, n=n: t.update(totals[n], batches[n])) for n, t in self._now()}
+        made = {n: self._alone(n, partial(t.update, totals[n], batches[n]), is_kept=False) for n, t in self._now()}
         seconds = time.perf_counter() - started
         with self._kept_on_error():
             for number, trainer in self._now():
@@ -168,12 +173,7 @@ class JointTrainer:
 
     def _drawn(self, draw: Callable[[Trainer], T]) -> dict[int, T]:
         """For each member what it draws for its next step."""
-
-        def kept(trainer: Trainer) -> T:
-            with trainer.kept_on_error():
-                return draw(trainer)
-
-        drawn = {number: self._alone(number, partial(kept, trainer)) for number, trainer in self._now()}
+        drawn = {number: self._alone(number, partial(draw, trainer)) for number, trainer in self._now()}
         return {number: found for number, found in drawn.items() if found is not None}
 
     def _losses_of(self, batches: Mapping[int, Sequence[Batch]]) -> dict[int, Tensor]:
@@ -192,7 +192,7 @@ class JointTrainer:
         trainer = self.members[number]
 
         def encode() -> Conditioning:
-            with trainer.kept_on_error(), trainer.dropout(index):
+            with trainer.dropout(index):
                 text = trainer.conditioning(batch.captions)
                 return trainer.loss.encode(batch.captions) if text is None else text
 

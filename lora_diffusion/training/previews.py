@@ -8,11 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from lora_diffusion.errors import UserError
 from lora_diffusion.generation.engine import Cancelled, Engine, Request
-from lora_diffusion.generation.grid import contact_sheet
+from lora_diffusion.generation.grid import contact_sheet, open_reduced, save_sheet
 from lora_diffusion.generation.infotext import save_png, write_parameters
 
 logger = logging.getLogger(__name__)
@@ -76,18 +74,18 @@ class Previewer:
         steps = sorted({int(p.name.split("-")[0]) for p in self.folder.glob("??????-*.png")})
         if not steps or not self.requests:
             return False
-        rows = [[self._open(step, index) for step in steps] for index in range(len(self.requests))]
+        num_cells = max(len(steps), len(self.requests))
+        rows = [
+            [open_reduced(self.folder / f"{step:06d}-{index}.png", num_cells) for step in steps]
+            for index in range(len(self.requests))
+        ]
         sheet = contact_sheet(
             rows,
             row_labels=[request.prompt for request in self.requests],
             column_labels=[f"step {step}" for step in steps],
         )
-        sheet.save(path)
+        save_sheet(sheet, path)
         return True
-
-    def _open(self, step: int, index: int) -> Image.Image | None:
-        path = self.folder / f"{step:06d}-{index}.png"
-        return Image.open(path).convert("RGB") if path.exists() else None
 
 
 def _requests_from(content: Mapping[str, Any], template: Request) -> list[Request]:

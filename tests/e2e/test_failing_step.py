@@ -15,6 +15,7 @@ from lora_diffusion.errors import RunError
 from lora_diffusion.runs import RunFolder
 from lora_diffusion.training.checkpoint import checkpoint_folders
 from lora_diffusion.training.plan import Launch
+from lora_diffusion.training.previews import Previewer
 from lora_diffusion.training.shares import joint_losses
 from lora_diffusion.training.trainer import Trainer
 from tests.sweeps import make_config, members_of, train_together
@@ -117,3 +118,47 @@ def test_a_member_of_a_sweep_whose_pictures_are_gone_keeps_its_steps(
     runs = [RunFolder(member.config.run.output) for member in members]
     assert [(run.read_state().status, run.read_state().step) for run in runs] == [("finished", 3), ("failed", 2)]
     assert [path.name for path in checkpoint_folders(runs[1].checkpoints)] == ["000002"]
+
+
+@pytest.mark.parametrize("as_a_whole", [True, False])
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(torch.OutOfMemoryError("no memory is left"), "Out of memory"), (KeyError("x"), "KeyError: 'x'")],
+)
+def test_a_member_of_a_sweep_that_fails_between_two_steps_keeps_its_own_and_the_others_go_on(
+    tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_a_whole: bool, error: Exception, told: str
+) -> None:
+    do_what_is_due = Trainer.do_what_is_due
+
+    def failing(trainer: Trainer) -> None:
+        if trainer.name == "test-seed2" and trainer.step == 2:
+            raise error
+        do_what_is_due(trainer)
+
+    monkeypatch.setattr(Trainer, "do_what_is_due", failing)
+    run = {"steps": 3, "cuda_graph": as_a_whole}
+    members = members_of(make_config(tmp_path, tiny_sd1, run=run), "run.seed=1,2")
+    with pytest.raises(RunError, match=rf"(?s)1 of 2 runs.*test-seed2: {told}"):
+        train_together(members, tmp_path / "sweep")
+
+    runs = [RunFolder(member.config.run.output) for member in members]
+    assert [(run.read_state().status, run.read_state().step) for run in runs] == [("finished", 3), ("failed", 2)]
+    assert [path.name for path in checkpoint_folders(runs[1].checkpoints)] == ["000002"]
+
+
+def test_runs_of_a_sweep_that_are_trained_are_finished_whatever_their_pictures_run_into(
+    tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Previewer, "draw_contact_sheet", fail)
+    monkeypatch.setattr("lora_diffusion.sweep_run.draw_contact_sheet", fail)
+    members = members_of(
+        make_config(tmp_path, tiny_sd1, run={"steps": 2}, schedule={"warmup_steps": 0}), "run.seed=1,2"
+    )
+    train_together(members, tmp_path / "sweep")
+
+    assert [RunFolder(member.config.run.output).read_state().status for member in members] == ["finished"] * 2
+    assert caplog.text.count("model card cannot be written (MemoryError: )") == 2
+    assert caplog.text.count("contact sheet and loss plot cannot be written (MemoryError: )") == 1

@@ -100,7 +100,8 @@ def test_metrics_have_a_line_per_step_and_the_validation_loss_where_measured(fin
 
 def test_last_preview_is_what_generate_draws_with_the_file(tiny_sd1: Path, finished: Path, tmp_path: Path) -> None:
     run = finished.parent / "run"
-    arguments = ["--base", str(tiny_sd1), "--adapter", f"{run / 'test.safetensors'}:1.0", "--prompt", PROMPTS[0]]
+    parts = [f"--adapter={run / 'test.safetensors'}:{strength}" for strength in (0.75, 0.25)]  # 1 together
+    arguments = ["--base", str(tiny_sd1), *parts, "--prompt", PROMPTS[0]]
     options = ["--seed", "7", "--steps", "4", "--cfg", "4", "--out", str(tmp_path), "--precision", "fp32"]
     result = CliRunner().invoke(app, ["generate", *arguments, *options])
     assert result.exit_code == 0, result.output

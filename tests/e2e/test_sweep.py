@@ -159,7 +159,9 @@ def test_a_resumed_sweep_ends_bit_for_bit_as_one_that_was_not_interrupted(
         stop_at(patch, {member.name: 3 for member in parts})
         train_together(parts, tmp_path / "sweep-2")
     assert [RunFolder(member.config.run.output).read_state().step for member in parts] == [3, 3]
+    RunFolder(parts[1].config.run.output).state_file.unlink()  # as one does who reads that it is damaged
     train_together(parts, tmp_path / "sweep-2", resume=True)
+    assert not list(tmp_path.glob("*-previous-*")), "nothing started anew"
 
     for one, other in zip(whole, parts, strict=True):
         file = f"{one.name}.safetensors"

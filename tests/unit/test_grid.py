@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,6 +14,8 @@ from lora_diffusion.generation.grid import (
     comparison_sheet,
     contact_sheet,
     load_font,
+    open_reduced,
+    save_sheet,
     wrap,
 )
 
@@ -103,3 +107,26 @@ def test_a_sheet_of_a_long_run_stays_small_enough_to_open() -> None:
 def test_an_empty_sheet_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one picture"):
         contact_sheet([[None]])
+
+
+@pytest.mark.parametrize("num_columns", [1, 20, 25, 60, 100])
+def test_a_sheet_of_pictures_opened_as_large_as_they_are_shown_is_that_of_whole_ones(
+    num_columns: int, tmp_path: Path
+) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (700, 1024, 3), dtype=np.uint8)
+    whole = Image.fromarray(values)
+    whole.save(tmp_path / "picture.png")
+    reduced = open_reduced(tmp_path / "picture.png", num_columns)
+
+    assert reduced is not None and reduced.width <= round(max(96, min(512, 8192 / num_columns)))
+    assert open_reduced(tmp_path / "none.png", num_columns) is None
+    sheets = [contact_sheet([[picture] * num_columns], ["a cat"]) for picture in (whole, reduced)]
+    assert sheets[0].tobytes() == sheets[1].tobytes()
+
+
+def test_a_sheet_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "sheet.png"
+    save_sheet(picture(RED), path)
+    with pytest.raises(OSError, match="CMYK"):
+        save_sheet(Image.new("CMYK", (8, 8)), path)
+    assert box(Image.open(path).convert("RGB"), RED) == (0, 0, 64, 64)

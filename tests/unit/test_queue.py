@@ -161,6 +161,19 @@ def test_a_paused_job_lets_the_next_one_run_and_resumes_where_it_was_before_all_
     assert len(steps) == 60  # nothing was trained twice
 
 
+def test_a_job_whose_state_was_deleted_resumes_where_it_was(work: Bench) -> None:
+    id = work.queue.add(toml(steps=30)).id
+    work.work_until_step(id, 6)
+    work.queue.stop(id)
+    run = RunFolder(work.work_until(id, "stopped").run)
+    run.state_file.unlink()
+    work.queue.resume(id)
+    work.work_until(id, "finished")
+
+    steps = run.metrics.read_text().splitlines()
+    assert len(steps) == 30  # nothing was trained twice
+
+
 def test_a_stopped_job_is_not_taken_up_again_by_itself(work: Bench) -> None:
     id = work.queue.add(toml(steps=500)).id
     work.work_until_step(id, 3)

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from lora_diffusion.errors import UserError
-from lora_diffusion.formats.argument import parse_adapter
+from lora_diffusion.formats.argument import parse_adapter, parse_adapters
 from lora_diffusion.generation.infotext import read_png
 from lora_diffusion.generation.request import Request
 from lora_diffusion.generation.request_line import parse_size, write_pictures
@@ -36,6 +36,11 @@ def test_an_adapter_is_a_file_and_perhaps_a_strength(text: str, file: str, stren
 def test_a_strength_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="not a strength"):
         parse_adapter(text)
+
+
+def test_a_file_that_is_given_twice_has_its_strengths_added() -> None:
+    given = ["ink.safetensors:0.5", "neon.safetensors", "./ink.safetensors:0.25"]
+    assert parse_adapters(given) == {Path("ink.safetensors"): 0.75, Path("neon.safetensors"): 1.0}
 
 
 def test_a_size_is_width_x_height() -> None:

@@ -300,3 +300,18 @@ def test_a_folder_with_other_files_is_refused(run: RunFolder) -> None:
 def test_resuming_nothing_is_an_error_and_not_a_fresh_start(run: RunFolder) -> None:
     with run.lock(), pytest.raises(RunFolderError, match="holds no run"):
         run.prepare(resume=True)
+
+
+def test_a_run_whose_damaged_state_was_deleted_is_kept_and_can_be_resumed(run: RunFolder) -> None:
+    finish(run, status="stopped")
+    run.state_file.write_text("{")
+    with run.lock(), pytest.raises(RunFolderError, match="Delete this file"):
+        run.prepare(resume=True)
+    run.state_file.unlink()
+    before = files_below(run.path)
+
+    with run.lock(), pytest.raises(RunFolderError, match=r"unfinished run \(it has no state\.json\)\. Add --resume"):
+        run.prepare()
+    with run.lock():
+        assert run.prepare(resume=True) is None
+    assert files_below(run.path) == before

@@ -33,7 +33,9 @@ def requests(x: str, y: str | None = None, z: str | None = None) -> list[Request
     [
         ("strength=0,1", [{"adapters": {"ink": 0, "neon": 0}}, {"adapters": {"ink": 1, "neon": 1}}]),
         ("checkpoint=ink-1,none", [{"adapters": {"ink-1": 0.8, "neon": 0.5}}, {"adapters": {"neon": 0.5}}]),
+        ("checkpoint=neon", [{"adapters": {"neon": 1.3}}]),  # as two copies of it would be
         ("adapter=ink+neon:0.3,none", [{"adapters": {"ink": 1, "neon": 0.3}}, {"adapters": {}}]),
+        ("adapter=ink+neon:0.5+ink:0.25", [{"adapters": {"ink": 1.25, "neon": 0.5}}]),
         ("seed=3,4", [{"seed": 3}, {"seed": 4}]),
         (f"seed={2**53 + 1},2e3", [{"seed": 2**53 + 1}, {"seed": 2000}]),
         ("cfg=1,7.5", [{"cfg": 1}, {"cfg": 7.5}]),
@@ -127,7 +129,8 @@ def test_the_command_writes_a_sheet_that_says_how_it_was_drawn(tiny_sd1: Path, t
         random_adapter(model, seed=seed).write(tmp_path / f"{name}.safetensors", dtype=torch.float32)
     out = tmp_path / "sheets" / "sheet.png"
     files = ",".join(str(tmp_path / f"{name}.safetensors") for name in ("ink", "ink-100"))
-    arguments = ["grid", "--base", str(tiny_sd1), "--adapter", f"{tmp_path / 'ink.safetensors'}:0.5"]
+    parts = [f"--adapter={tmp_path / 'ink.safetensors'}:{strength}" for strength in (0.2, 0.3)]  # 0.5 together
+    arguments = ["grid", "--base", str(tiny_sd1), *parts]
     arguments += ["--prompt", "a cat", "--x", "strength=0,1", "--y", f"checkpoint={files}", "--steps", "1"]
     result = CliRunner().invoke(app, [*arguments, "--size", "32x32", "--out", str(out)])
     assert result.exit_code == 0, result.output

@@ -14,6 +14,7 @@ import torch
 
 from lora_diffusion.data.buckets import Bucket, Crop, Fit, Size, fit
 from lora_diffusion.data.folder import scan_folder
+from lora_diffusion.errors import RunError
 from lora_diffusion.streams import stream_seed
 from lora_diffusion.training.batches import Batch, BatchSource, LoadedBatches, Share, sample_sizes
 from lora_diffusion.training.validation import split_validation
@@ -154,6 +155,19 @@ def test_workers_end_with_the_training_also_after_an_error_that_somebody_keeps(s
     assert multiprocessing.active_children() == []
     assert "_is_flipped" in str(error.value), "the traceback of the worker"
     assert list(batches) == []
+
+
+def test_a_worker_encodes_no_picture_whose_latents_are_gone_and_says_so(tiny_sd1: Path, tmp_path: Path) -> None:
+    source = prepare(write_config(tmp_path / "run.toml", tiny_sd1, draw_pictures(tmp_path / "pictures"))).source
+    shutil.rmtree(tmp_path / "cache")
+    batches = LoadedBatches(source, 0, 2, workers=1)
+    with pytest.raises(
+        RunError, match=r"^[^\n]*\.png: its cached latents are missing or damaged, and a data loader worker"
+    ):
+        next(batches)
+    batches.close()
+    assert not (tmp_path / "cache").exists()
+    assert source[0].latents.isfinite().all()  # this process can encode
 
 
 def test_two_processes_together_see_what_one_sees(source: BatchSource) -> None:
