@@ -44,10 +44,11 @@ class GreyEngine:
     def __init__(self) -> None:
         self.gate = threading.Event()
         self.gate.set()
+        self.warnings: tuple[str, ...] = ()
 
     def draw(self, base: str, requests: Sequence[Request], report: Report, stopped: Stopped) -> Iterator[bytes]:
         for request in requests:
-            report(Progress("drawing", 0, 1, 2))
+            report(Progress("drawing", 0, 1, 2, warnings=self.warnings))
             while not self.gate.wait(0.01):
                 if stopped():
                     raise NoLongerWanted
@@ -365,3 +366,17 @@ def test_a_run_is_not_left_paused_when_the_last_picture_was_done_meanwhile(
     wait_for(lambda: work.runner.turn() and not paused.is_running())  # it was asked to pause, and obeys
     assert work.work_until_step(1, 3).status == "running"
     assert work.process(1) != paused
+
+
+def test_what_of_an_adapter_file_has_no_effect_is_said_when_its_pictures_are_done(
+    site: Site, engine: GreyEngine
+) -> None:
+    engine.warnings = ("odd: <2> tensors were not read",)
+    Orders(site, T).pictures("models/b", *VALUES[:6], 2, *VALUES[7:])
+    drawn(site)
+    assert Shown(site, T).draw(SimpleNamespace())[0].count("odd: &lt;2&gt; tensors were not read") == 1
+
+    engine.warnings = ()
+    Orders(site, T).pictures("models/b", *VALUES)
+    drawn(site)
+    assert "odd" not in Shown(site, T).draw(SimpleNamespace())[0]
