@@ -27,10 +27,11 @@ class GreyEngine:
     def __init__(self) -> None:
         self.gate = threading.Event()
         self.gate.set()
+        self.warnings: tuple[str, ...] = ()
 
     def draw(self, base: str, requests: Sequence[Request], report: Report, stopped: Stopped) -> Iterator[bytes]:
         for request in requests:
-            report(Progress("drawing", 0, 1, 2))
+            report(Progress("drawing", 0, 1, 2, warnings=self.warnings))
             while not self.gate.wait(0.01):
                 if stopped():
                     raise NoLongerWanted

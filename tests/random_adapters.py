@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from lora_diffusion.adapters.base import Adapter
 from lora_diffusion.adapters.inject import select_layers
@@ -45,3 +46,21 @@ def written(file: AdapterFile, path: Path) -> AdapterFile:
     """The same adapter as it comes back from disk, in float32."""
     file.write(path, dtype=torch.float32)
     return AdapterFile.read(path)
+
+
+ODD_NOTES = (
+    "1 tensors were not read: bundle_emb.cat",
+    "1 of 81 modules do not exist in this model and are left out (the first: lora_unet_mid_block_attentions_9_proj_in)",
+)
+
+
+def write_odd(file: AdapterFile, path: Path) -> None:
+    """With a tensor that nobody reads and a module that no base has, of which `ODD_NOTES` tell."""
+    file.write(path, dtype=torch.float32)
+    tensors = load_file(path)
+    module = next(iter(tensors)).partition(".")[0]
+    other = "lora_unet_mid_block_attentions_9_proj_in"
+    more = {
+        key.replace(module, other): tensor.clone() for key, tensor in tensors.items() if key.startswith(f"{module}.")
+    }
+    save_file(tensors | more | {"bundle_emb.cat": torch.ones(2)}, path)

@@ -67,14 +67,16 @@ class Engine:
         """Memory that the weights of each loaded adapter take."""
         return self._loaded.num_bytes
 
-    def load_adapter(self, name: str, file: AdapterFile) -> None:
+    def load_adapter(self, name: str, file: AdapterFile) -> tuple[str, ...]:
         """Make `file` usable in requests under `name`. Until a request names it, pictures stay as they were.
+
+        Returns what a user should know of it: the file's notes, and whether modules have no layer in this model.
 
         Raises UserError when the name is taken or cannot be written as `<lora:name:1>`, AdapterFileError when the file
         does not fit the model; the engine is then as before.
         """
         with self._lock:
-            self._loaded.load(name, file)
+            return self._loaded.load(name, file)
 
     def unload_adapter(self, name: str) -> None:
         """Take the adapter out of memory; with the last one gone, the model is bit for bit as it was."""

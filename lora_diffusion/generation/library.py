@@ -28,6 +28,7 @@ class _InMemory:
     stamp: Stamp
     path: Path
     hash: str
+    notes: tuple[str, ...]
 
 
 class AdapterLibrary:
@@ -42,6 +43,7 @@ class AdapterLibrary:
         self._folders = tuple(folders)
         self._budget_bytes = budget_bytes
         self._held: OrderedDict[str, _InMemory] = OrderedDict()  # least recently used first
+        self._told: set[tuple[Path, Stamp]] = set()
         self.paths: dict[str, Path] = {}
         self.refresh()
 
@@ -72,14 +74,26 @@ class AdapterLibrary:
                 held = None
             if held is None:
                 file = AdapterFile.read(path)
-                self._engine.load_adapter(name, file)
-                self._held[name] = _InMemory(stamp, path, file.metadata.get(HASH_KEY, ""))
+                notes = self._engine.load_adapter(name, file)
+                self._held[name] = _InMemory(stamp, path, file.metadata.get(HASH_KEY, ""), notes)
+                self._tell(path, stamp, notes)
             self._held.move_to_end(name)
         self._make_room(names)
 
     def hashes(self) -> dict[str, str]:
         """Name → `sshs_model_hash` of the loaded adapters that have one."""
         return {name: held.hash for name, held in self._held.items() if held.hash}
+
+    def notes(self, names: Collection[str]) -> list[str]:
+        """What a user of these loaded adapters should know, as `Engine.load_adapter` returns it."""
+        return [f"{name}: {note}" for name in names for note in self._held[name].notes]
+
+    def _tell(self, path: Path, stamp: Stamp, notes: Sequence[str]) -> None:
+        """Once per file, however often it is loaded."""
+        if (path, stamp) not in self._told:
+            self._told.add((path, stamp))
+            for note in notes:
+                logger.warning("%s: %s", path, note)
 
     def _make_room(self, needed: Collection[str]) -> None:
         sizes = self._engine.adapter_bytes

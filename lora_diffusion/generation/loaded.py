@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -18,18 +17,17 @@ from lora_diffusion.formats.adapter_file import AdapterFile
 from lora_diffusion.generation.request import Request, check_adapter_name
 from lora_diffusion.models.base import DiffusionModel
 
-logger = logging.getLogger(__name__)
-
 Place = tuple[str, str]
 """A part's name and the dotted path of a layer in it."""
 
 
 @dataclass(frozen=True)
 class _Loaded:
-    """One adapter: what it does to each layer, and the memory it takes."""
+    """One adapter: what it does to each layer, the memory it takes, and what of its file has no effect."""
 
     adapters: dict[Place, Adapter]
     num_bytes: int
+    notes: tuple[str, ...]
 
 
 class LoadedAdapters:
@@ -53,8 +51,8 @@ class LoadedAdapters:
         """Memory that each adapter's weights take on the device."""
         return {name: loaded.num_bytes for name, loaded in self._loaded.items()}
 
-    def load(self, name: str, file: AdapterFile) -> None:
-        """Raises UserError or AdapterFileError as `Engine.load_adapter` says; nothing is changed then."""
+    def load(self, name: str, file: AdapterFile) -> tuple[str, ...]:
+        """As `Engine.load_adapter` says."""
         check_adapter_name(name)
         if name in self._loaded:
             raise UserError(f"An adapter named {name!r} is loaded already. Unload it first, or choose another name.")
@@ -63,6 +61,7 @@ class LoadedAdapters:
         for place, adapter in loaded.adapters.items():
             self._stacks[place].add(name, adapter)
         self._loaded[name] = loaded
+        return loaded.notes
 
     def unload(self, name: str) -> None:
         """Raises UserError if there is no such adapter."""
@@ -123,16 +122,12 @@ def _load(model: DiffusionModel, file: AdapterFile, stacks: dict[Place, AdapterS
                 f"{file.path}: {match.part}.{match.path} has an adapter in training. Load adapters into another copy "
                 "of the model."
             )
-    if attachment.unread:
-        logger.warning(
-            "%s: %d of %d modules do not exist in this model and are left out (the first: %s)",
-            file.path,
-            len(attachment.unread),
-            len(file.modules),
-            attachment.unread[0],
-        )
     adapters = {
         (match.part, match.path): adapter_from_tensors(match.layer, match.tensors) for match in attachment.matches
     }
     num_bytes = sum(weight.nbytes for adapter in adapters.values() for weight in adapter.state().values())
-    return _Loaded(adapters, num_bytes)
+    notes = file.notes
+    if unread := attachment.unread:
+        count = f"{len(unread)} of {len(file.modules)} modules"
+        notes += (f"{count} do not exist in this model and are left out (the first: {unread[0]})",)
+    return _Loaded(adapters, num_bytes, notes)

@@ -101,9 +101,8 @@ def ready_engine(
     dtype = choose_dtype(precision, device)
     engine = load_engine(base, dtype, device, configs=configs, track=track)
     for name, file in files.items():
-        for note in file.notes:
+        for note in engine.load_adapter(name, file):
             logger.warning("%s: %s", file.path, note)
-        engine.load_adapter(name, file)
     return engine, {name: file.metadata[HASH_KEY] for name, file in files.items() if HASH_KEY in file.metadata}
 
 

@@ -214,6 +214,7 @@ def _status(service: Service, order: Order, url: str) -> dict[str, Any]:
         "seconds": round(order.seconds, 3),
         "message": "",
         "error": order.error,
+        "notes": list(order.notes),
         "seeds": [request.seed for request in order.requests],
         "images": [f"{url}/{n}.png" if image is not None else None for n, image in enumerate(order.images)],
         "preview": f"{url}/preview.jpg" if order.status == "running" else None,

@@ -41,6 +41,8 @@ class Order:
     id: str = field(default_factory=lambda: secrets.token_urlsafe(12))
     status: Status = "queued"
     error: str = ""
+    notes: tuple[str, ...] = ()
+    """What is odd about the adapters that it has been drawn with so far."""
     images: list[bytes | None] = field(init=False)
     """PNG files, as they are done."""
     sheet_png: bytes | None = None

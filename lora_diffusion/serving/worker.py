@@ -109,6 +109,9 @@ class Worker(threading.Thread):
             return
         try:
             self._library.need(list(dict.fromkeys(name for unit in units for name in unit.request.adapters)))
+            for unit in units:
+                notes = self._library.notes(unit.request.adapters)
+                unit.order.notes = tuple(dict.fromkeys([*unit.order.notes, *notes]))
             images = self._engine.generate(
                 [unit.request for unit in units], on_step=self._step(units), on_preview=self._preview(units)
             )

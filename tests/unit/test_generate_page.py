@@ -367,3 +367,17 @@ def test_a_run_is_not_left_paused_when_the_last_picture_was_done_meanwhile(
     wait_for(lambda: work.runner.turn() and not paused.is_running())  # it was asked to pause, and obeys
     assert work.work_until_step(1, 3).status == "running"
     assert work.process(1) != paused
+
+
+def test_what_of_an_adapter_file_has_no_effect_is_said_when_its_pictures_are_done(
+    site: Site, engine: GreyEngine
+) -> None:
+    engine.warnings = ("odd: <2> tensors were not read",)
+    Orders(site, T).pictures(TAB, "models/b", *VALUES[:6], 2, *VALUES[7:])
+    drawn(site)
+    assert Shown(site, T).draw(TAB)[0].count("odd: &lt;2&gt; tensors were not read") == 1
+
+    engine.warnings = ()
+    Orders(site, T).pictures(TAB, "models/b", *VALUES)
+    drawn(site)
+    assert "odd" not in Shown(site, T).draw(TAB)[0]

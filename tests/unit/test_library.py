@@ -16,7 +16,7 @@ from lora_diffusion.generation.engine import Engine, Request
 from lora_diffusion.generation.library import AdapterLibrary
 from lora_diffusion.models.base import DiffusionModel
 from lora_diffusion.models.load import load_model
-from tests.random_adapters import random_adapter
+from tests.random_adapters import ODD_NOTES, random_adapter, write_odd
 
 REQUEST = Request("a cat", seed=1, steps=1, cfg=1.0, size=(32, 32))
 LARGE = 2**30
@@ -113,3 +113,17 @@ def test_a_name_that_no_file_has_is_refused_with_the_nearest(model: DiffusionMod
     (folder / "c.safetensors").unlink()
     with pytest.raises(UserError, match=r"c\.safetensors: cannot be read"):
         library.need(["c"])
+
+
+def test_what_of_a_file_has_no_effect_is_logged_once_however_often_it_is_loaded(
+    model: DiffusionModel, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_odd(random_adapter(model, seed=5), folder / "odd.safetensors")
+    library = AdapterLibrary(Engine(model), [folder], budget_bytes=1)
+    for name in ("a", "odd", "a", "odd"):
+        library.need([name])
+
+    assert library.notes(["odd"]) == [f"odd: {note}" for note in ODD_NOTES]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{library.paths['odd']}: {note}" for note in ODD_NOTES
+    ]

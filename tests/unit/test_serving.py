@@ -32,7 +32,7 @@ from lora_diffusion.serving.device import DeviceLock
 from lora_diffusion.serving.orders import DroppedOrder, Order, OrderBook, Unit
 from lora_diffusion.serving.process import check_exposure
 from lora_diffusion.serving.worker import Worker
-from tests.random_adapters import random_adapter
+from tests.random_adapters import ODD_NOTES, random_adapter, write_odd
 
 ROUNDING = 1
 """Matrix products of another batch size may round differently: at most one level of 255."""
@@ -159,6 +159,19 @@ def test_a_picture_is_the_one_that_the_engine_draws_alone_and_says_how(running: 
     assert read_parameters(Image.open(io.BytesIO(data)).text["parameters"]).request == expected
     assert status["progress"] == {"step": 2, "steps": 2}
     assert status["seconds"] > 0
+
+
+def test_an_order_tells_what_of_its_adapters_has_no_effect(model: DiffusionModel, solo: Engine, tmp_path: Path) -> None:
+    for name in ("ink", "neon"):
+        random_adapter(model, seed=1).write(tmp_path / f"{name}.safetensors", dtype=torch.float32)
+    write_odd(random_adapter(model, seed=2), tmp_path / "odd.safetensors")
+    server = start(model, solo, tmp_path)
+    with server.client:
+        plain, odd = server.order(adapters={"ink": 1.0}), server.order(adapters={"neon": 0.5, "odd": 0.5}, count=2)
+        assert server.done(plain["url"])["notes"] == []
+        assert server.done(odd["url"])["notes"] == [f"odd: {note}" for note in ODD_NOTES]
+    for name in server.service.engine.adapters:
+        server.service.engine.unload_adapter(name)
 
 
 def test_waiting_orders_of_several_clients_share_a_batch_and_each_gets_its_own_pictures(running: Running) -> None:

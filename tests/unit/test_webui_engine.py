@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 
@@ -192,3 +193,19 @@ def typer_command(name: str) -> Any:
     from typer.main import get_command
 
     return get_command(app).commands[name]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(("answer", "told"), [({"notes": ["odd: alpha is 0"]}, [("odd: alpha is 0",)]), ({}, [])])
+def test_what_the_engine_notes_of_adapters_is_reported(answer: dict[str, Any], told: list[tuple[str, ...]]) -> None:
+    def answered(request: httpx.Request) -> httpx.Response:
+        done = {"status": "done", "progress": {"step": 1, "steps": 1}, "images": ["/v1/images/x/0.png"]}
+        return (
+            httpx.Response(200, content=b"png")
+            if request.url.path.endswith("png")
+            else httpx.Response(200, json=done | answer)
+        )
+
+    reports: list[Progress] = []
+    with httpx.Client(transport=httpx.MockTransport(answered), base_url="http://engine") as client:
+        assert module._wait(client, "x", reports.append, lambda: False) == b"png"
+    assert [progress.warnings for progress in reports] == told

@@ -69,10 +69,15 @@ def _chip(words: str, prompt: str) -> Markup:
 def render_status(
     t: Translator, drawings: Sequence[Drawing], last: Drawing | None, training: Job | None, tab: str
 ) -> Markup:
-    """What is being drawn, or why the last drawing failed. training: the job that has the device. tab: who looks."""
+    """What is being drawn, or what there is to say of the last drawing.
+
+    training: the job that has the device. tab: who looks.
+    """
     if not drawings:
         if last is not None and last.phase == "failed":
             return html('<p class="said bad" role="alert">{text}</p>', text=last.message)
+        if last is not None and last.warnings:
+            return html('<p class="said bad" role="status">{text}</p>', text="; ".join(last.warnings))
         return Markup("")
     now = drawings[0]
     progress = now.progress

@@ -42,7 +42,10 @@ class NoLongerWanted(Exception):
 
 @dataclass(frozen=True)
 class Progress:
-    """What the engine says of one request. position: 1 is next. preview: a small PNG of the unfinished picture."""
+    """What the engine says of one request. position: 1 is next. preview: a small PNG of the unfinished picture.
+
+    warnings: what is odd about its adapters.
+    """
 
     phase: Phase
     position: int = 0
@@ -50,6 +53,7 @@ class Progress:
     steps: int = 0
     preview: bytes = b""
     note: str = ""
+    warnings: tuple[str, ...] = ()
 
 
 Report = Callable[[Progress], None]
@@ -82,6 +86,7 @@ class Drawing:
     progress: Progress = Progress("waiting")
     pictures: tuple[Path | None, ...] = ()
     message: str = ""
+    warnings: tuple[str, ...] = ()
     sheet: Sheet | None = None
     sheet_file: Path | None = None
     tab: str = ""
@@ -199,7 +204,7 @@ class Desk:
             drawn = self.engine.draw(
                 drawing.base,
                 drawing.requests,
-                lambda progress: self._change(drawing.id, progress=progress, phase=progress.phase),
+                lambda progress: self._report(drawing.id, progress),
                 lambda: drawing.id in self._stopped,
             )
             for index, data in enumerate(drawn):
@@ -243,6 +248,12 @@ class Desk:
         path = _free_file(self.workspace.pictures, drawing.requests[0].seed, "grid-")
         save_png(drawing.sheet.picture(images), path, drawing.sheet.parameters(Path(drawing.base).name, {}))
         return path
+
+    def _report(self, id: int, progress: Progress) -> None:
+        with self._lock:
+            warnings = self._drawings[id].warnings if id in self._drawings else ()
+            warnings = tuple(dict.fromkeys([*warnings, *progress.warnings]))
+            self._change(id, progress=progress, phase=progress.phase, warnings=warnings)
 
     def _change(self, id: int, **values: object) -> None:
         with self._lock:

@@ -268,6 +268,8 @@ def _wait(client: httpx.Client, id: str, report: Report, stopped: Stopped) -> by
         progress = answer["progress"]
         match answer["status"]:
             case "done":
+                if notes := answer.get("notes"):  # an engine of an earlier version has none
+                    report(Progress("drawing", warnings=tuple(notes)))
                 return _read(client, answer["images"][0])
             case "failed":
                 raise UserError(answer["error"] or "The engine could not draw this.")
