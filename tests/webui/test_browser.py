@@ -241,6 +241,30 @@ def test_what_was_made_of_a_copy_survives_a_reload_and_the_form_before_it_is_kep
     expect(name).to_have_value("edited", timeout=WAIT_MS)
 
 
+def test_each_tab_keeps_its_own_form_and_a_new_one_gets_the_last(url: str, open_page: Open) -> None:
+    cats = open_page(url)
+    cats.locator("#train-start").wait_for(timeout=WAIT_MS)
+    fill(cats, "run.name", "cats")
+    expect(cats.locator("#train-toml-text")).to_contain_text("cats", timeout=WAIT_MS)
+    copy, new = cats.context.new_page(), cats.context.new_page()
+    copy.goto(f"{url}/?copy=runs/done")
+    expect(copy.locator('[data-field="run.name"]')).to_have_value("done-2", timeout=WAIT_MS)
+    fill(copy, "run.name", "edited")
+    expect(copy.locator("#train-toml-text")).to_contain_text("edited", timeout=WAIT_MS)
+    cats.reload()
+    expect(cats.locator("#train-toml-text")).to_contain_text("cats", timeout=WAIT_MS)
+    fill(cats, "run.name", "more-cats")
+    expect(cats.locator("#train-toml-text")).to_contain_text("more-cats", timeout=WAIT_MS)
+    copy.reload()
+
+    expect(copy.locator("#train-toml-text")).to_contain_text("edited", timeout=WAIT_MS)
+    expect(copy.locator('[data-field="run.name"]')).to_have_value("edited")
+    cats.locator('[data-field="run.name"]').press_sequentially("!")
+    expect(cats.locator("#train-toml-text")).to_contain_text("more-cats!", timeout=WAIT_MS)
+    new.goto(url)
+    expect(new.locator("#train-toml-text")).to_contain_text("more-cats!", timeout=WAIT_MS)
+
+
 def test_a_preset_and_a_data_set_that_were_chosen_survive_a_reload(url: str, open_page: Open) -> None:
     page = open_page(f"{url}/?dataset=data/shapes")
     path = page.locator('[data-field="path"]').first
