@@ -15,7 +15,7 @@ import pytest
 from lora_diffusion.jobs.queue import Queue
 from lora_diffusion.runs import Failure
 from lora_diffusion.workspace import Workspace
-from tests.webui.conftest import HOSTILE, make_run, wait_for
+from tests.webui.conftest import HOSTILE, Pages, make_run, wait_for
 
 expect = pytest.importorskip("playwright.sync_api").expect
 pytestmark = pytest.mark.browser
@@ -281,6 +281,8 @@ def test_a_prompt_that_was_not_drawn_survives_a_reload(url: str, open_page: Open
         (workspace.models / name).mkdir(parents=True)
         (workspace.models / name / "model_index.json").write_text("{}")
     shutil.copy(INK, workspace.runs / "done" / "done.safetensors")
+    (workspace.root / "adapters").mkdir()
+    shutil.copy(INK, workspace.root / "adapters" / "ink.safetensors")
     page = open_page(f"{url}/generate?adapter=runs/done/done.safetensors")
     prompt = page.locator("#generate-prompt textarea")
     expect(prompt).to_have_value(re.compile("<lora:done:1>"), timeout=WAIT_MS)
@@ -291,6 +293,11 @@ def test_a_prompt_that_was_not_drawn_survives_a_reload(url: str, open_page: Open
     page.locator("#generate-steps input[type=number]").blur()
     prompt.fill("a long thought <lora:done:0.5>")
     expect(page.locator("#generate-stack output")).to_have_text("0.5", timeout=WAIT_MS)
+    page.get_by_role("tab", name="Grid").click()
+    page.locator("#generate-x-values input, #generate-x-values textarea").first.fill("0.1, 0.2, 0.3")
+    page.locator("#generate-y input").click()
+    page.get_by_role("option", name="none", exact=True).click()
+    expect(page.locator("#generate-grid-about")).to_contain_text("3 pictures", timeout=WAIT_MS)
     page.reload()
 
     expect(prompt).to_have_value("a long thought <lora:done:0.5>", timeout=WAIT_MS)
@@ -300,6 +307,36 @@ def test_a_prompt_that_was_not_drawn_survives_a_reload(url: str, open_page: Open
     page.locator('[data-do="language"]').click()
     expect(page.locator("#generate-go")).to_have_text("Zeichnen", timeout=WAIT_MS)
     expect(prompt).to_have_value("a long thought <lora:done:0.5>", timeout=WAIT_MS)
+    page.get_by_role("tab", name="Raster").click()
+    expect(page.locator("#generate-grid-about")).to_contain_text("3 Bilder", timeout=WAIT_MS)
+    page.goto(f"{url}/generate?adapter=adapters/ink.safetensors")
+    expect(prompt).to_have_value("a long thought <lora:done:0.5> <lora:ink:1>", timeout=WAIT_MS)
+
+
+def test_the_mix_and_the_open_adapter_survive_a_reload(url: str, open_page: Pages, workspace: Workspace) -> None:
+    (workspace.root / "adapters").mkdir()
+    for name in ("one", "two"):
+        shutil.copy(INK, workspace.root / "adapters" / f"{name}.safetensors")
+    page = open_page(f"{url}/adapters")
+    page.locator('.lora:has([data-name="one"])').click(timeout=WAIT_MS)
+    expect(page.locator("#adapters-head code")).to_have_text("adapters/one.safetensors", timeout=WAIT_MS)
+    for number, name in enumerate(("one", "two"), 1):
+        page.locator(f'.lora:has([data-name="{name}"]) .add').click(timeout=WAIT_MS)
+        expect(page.locator("#adapters-mix output")).to_have_count(number, timeout=WAIT_MS)
+    page.locator('#adapters-mix [data-name="two"][type=range]').fill("0.35")
+    page.locator("#adapters-method input").click()
+    page.get_by_role("option", name="ties").click()
+    page.locator("#adapters-prompt input, #adapters-prompt textarea").first.fill("a long thought")
+    page.reload()
+
+    expect(page.locator("#adapters-head code")).to_have_text("adapters/one.safetensors", timeout=WAIT_MS)
+    page.locator('[data-do="language"]').click()
+    page.get_by_role("tab", name="Mischen").click(timeout=WAIT_MS)
+    expect(page.locator("#adapters-mix output")).to_have_text(["1", "0.35"], timeout=WAIT_MS)
+    expect(page.locator("#adapters-method input")).to_have_value("ties")
+    expect(page.locator("#adapters-prompt input, #adapters-prompt textarea").first).to_have_value("a long thought")
+    expect(page.locator("#adapters-head code")).to_have_text("adapters/one.safetensors")
+    open_page.forgive_lost_connections()  # of the adapter that was being measured when the page was left
 
 
 def test_the_best_step_becomes_the_result(url: str, open_page: Open, workspace: Workspace) -> None:

@@ -3,7 +3,7 @@
   "use strict";
 
   const EDIT_DELAY_MS = 350, THEME = "lora-diffusion.theme", DRAFT = "lora-diffusion.draft";
-  const DRAFT_BEFORE = "lora-diffusion.draft-before", DRAWING = "lora-diffusion.drawing";
+  const DRAFT_BEFORE = "lora-diffusion.draft-before", DRAWING = "lora-diffusion.drawing", MIXING = "lora-diffusion.mixing";
   const one = (selector, root = document) => root.querySelector(selector);
   const all = (selector, root = document) => [...root.querySelectorAll(selector)];
   const stored = (key) => { try { return localStorage.getItem(key); } catch { return null; } };
@@ -408,20 +408,23 @@
     if (!due) { due = true; requestAnimationFrame(refresh); }
   }).observe(document.documentElement, { childList: true, subtree: true, attributes: true, attributeFilter: ["class"] });
 
-  // ---- The fields of the page Generate, kept as Gradio has them ----
+  // ---- The fields of a page, kept as Gradio has them ----
 
-  let isFilled = false;
-  const drawing = {
-    kept: () => recall(DRAWING) ?? "",
-    keep(...values) { if (isFilled) remember(DRAWING, JSON.stringify(values)); return []; },
-    // What was kept is in the fields, or what the address names: from now on changes are a person's.
-    opened(...values) {
-      isFilled = true;
-      drawing.keep(...values);
-      forget("adapter");
-      return [];
-    },
-  };
+  function keeper(key, ...inAddress) {
+    let isFilled = false;
+    return {
+      kept: () => recall(key) ?? "",
+      keep(...values) { if (isFilled) remember(key, JSON.stringify(values)); return []; },
+      // What was kept is in the fields, or what the address names: from now on changes are a person's.
+      opened(...values) {
+        isFilled = true;
+        remember(key, JSON.stringify(values));
+        forget(...inAddress);
+        return [];
+      },
+    };
+  }
+  const drawing = keeper(DRAWING, "adapter"), mixing = keeper(MIXING);
 
-  window.loraDiffusion = { collect, draft, drawing, form, opened, ticked: () => JSON.stringify([...ticked]) };
+  window.loraDiffusion = { collect, draft, drawing, form, mixing, opened, ticked: () => JSON.stringify([...ticked]) };
 })();
