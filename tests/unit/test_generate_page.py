@@ -255,6 +255,42 @@ def test_what_the_browser_kept_fills_the_fields_as_far_as_they_can_hold_it(site:
         assert isinstance(opened(site, nonsense)[0], dict)
 
 
+KEPT = [HUB_ID, "a fish", "", 9, 3.5, "euler", 1, 2, 96, 128, 7, "next"]
+
+
+def test_the_axes_that_the_browser_kept_are_those_of_the_grid(site: Site, trained: str) -> None:
+    axes = ["seed", "1, 2, 3", "", "0.5"]
+
+    assert opened(site, json.dumps([*KEPT, *axes]))[-6:-2] == axes
+    spoiled = opened(site, json.dumps([*KEPT, "", 4, "gone", ["x"]]))
+    assert spoiled[-6:-2] == [skip()] * 4
+    assert spoiled[0] == "a fish"
+
+
+def test_an_adapter_is_added_to_the_prompt_that_was_kept(site: Site, trained: str) -> None:
+    site.workspace.adapters.mkdir()
+    shutil.copy(INK, site.workspace.adapters / "ink.safetensors")
+    shutil.copy(INK, site.workspace.runs / "style" / "style-000005.safetensors")
+
+    def prompt(text: str, **address: str) -> object:
+        return opened(site, json.dumps([KEPT[0], text, *KEPT[2:]]), **address)[0]
+
+    assert prompt("a fish", adapter=trained) == "a fish <lora:style:1>"
+    assert prompt("a fish <lora:ink:0.4>", adapter=trained) == "a fish <lora:ink:0.4> <lora:style:1>"
+    assert prompt("a <lora:style:0.4> fish", adapter=trained) == "a <lora:style:0.4> fish"
+    step = "runs/style/style-000005.safetensors"
+    assert prompt("a fish <lora:style:0.4>", adapter=step) == "a fish <lora:style-000005:1>"
+    assert str(prompt(" ", adapter=trained)).endswith("a red house under a yellow sun <lora:style:1>")
+
+
+def test_an_adapter_leaves_the_size_as_it_is_where_its_base_is_chosen_already(site: Site, trained: str) -> None:
+    names = [field.name for field in fields(Fields)]
+    width, height = names.index("width"), names.index("height")
+    for base, size in ((HUB_ID, (96, 128)), ("models/b", find_base(site.places, HUB_ID).sizes[0])):
+        values = opened(site, json.dumps([base, *KEPT[1:]]), adapter=trained)
+        assert (values[width], values[height]) == size
+
+
 # ---- A run that is paused to draw ----
 
 

@@ -24,6 +24,8 @@ from lora_diffusion.workspace import Workspace
 from tests.webui.fake_trainer import fake_command
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'><script>alert(2)</script>${alert(3)}{{alert(4)}}"
+QUESTIONS = "**/component_server/**"
+"""What the page of data sets asks the server."""
 _NO_STYLES = "Unable to preload CSS for "
 CHROMIUM_OPTIONS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
@@ -208,6 +210,19 @@ def open_page(browser: Any) -> Iterator[Pages]:
     yield pages
     pages.close()
     assert pages.errors == []
+
+
+def lose(page: Any, *questions: str) -> None:
+    """Let what the page asks get no answer, until `page.unroute(QUESTIONS)`; only these questions if some are named."""
+
+    def end(route: Any) -> None:
+        asked = json.loads(route.request.post_data)["data"]["do"]
+        if not questions or asked in questions:
+            route.abort()
+        else:
+            route.continue_()
+
+    page.route(QUESTIONS, end)
 
 
 def _is_outside(address: str) -> bool:

@@ -15,7 +15,7 @@ import pytest
 from lora_diffusion.jobs.queue import Queue
 from lora_diffusion.runs import Failure
 from lora_diffusion.workspace import Workspace
-from tests.webui.conftest import HOSTILE, make_run, wait_for
+from tests.webui.conftest import HOSTILE, Pages, make_run, wait_for
 
 expect = pytest.importorskip("playwright.sync_api").expect
 pytestmark = pytest.mark.browser
@@ -241,6 +241,30 @@ def test_what_was_made_of_a_copy_survives_a_reload_and_the_form_before_it_is_kep
     expect(name).to_have_value("edited", timeout=WAIT_MS)
 
 
+def test_each_tab_keeps_its_own_form_and_a_new_one_gets_the_last(url: str, open_page: Open) -> None:
+    cats = open_page(url)
+    cats.locator("#train-start").wait_for(timeout=WAIT_MS)
+    fill(cats, "run.name", "cats")
+    expect(cats.locator("#train-toml-text")).to_contain_text("cats", timeout=WAIT_MS)
+    copy, new = cats.context.new_page(), cats.context.new_page()
+    copy.goto(f"{url}/?copy=runs/done")
+    expect(copy.locator('[data-field="run.name"]')).to_have_value("done-2", timeout=WAIT_MS)
+    fill(copy, "run.name", "edited")
+    expect(copy.locator("#train-toml-text")).to_contain_text("edited", timeout=WAIT_MS)
+    cats.reload()
+    expect(cats.locator("#train-toml-text")).to_contain_text("cats", timeout=WAIT_MS)
+    fill(cats, "run.name", "more-cats")
+    expect(cats.locator("#train-toml-text")).to_contain_text("more-cats", timeout=WAIT_MS)
+    copy.reload()
+
+    expect(copy.locator("#train-toml-text")).to_contain_text("edited", timeout=WAIT_MS)
+    expect(copy.locator('[data-field="run.name"]')).to_have_value("edited")
+    cats.locator('[data-field="run.name"]').press_sequentially("!")
+    expect(cats.locator("#train-toml-text")).to_contain_text("more-cats!", timeout=WAIT_MS)
+    new.goto(url)
+    expect(new.locator("#train-toml-text")).to_contain_text("more-cats!", timeout=WAIT_MS)
+
+
 def test_a_preset_and_a_data_set_that_were_chosen_survive_a_reload(url: str, open_page: Open) -> None:
     page = open_page(f"{url}/?dataset=data/shapes")
     path = page.locator('[data-field="path"]').first
@@ -257,6 +281,8 @@ def test_a_prompt_that_was_not_drawn_survives_a_reload(url: str, open_page: Open
         (workspace.models / name).mkdir(parents=True)
         (workspace.models / name / "model_index.json").write_text("{}")
     shutil.copy(INK, workspace.runs / "done" / "done.safetensors")
+    (workspace.root / "adapters").mkdir()
+    shutil.copy(INK, workspace.root / "adapters" / "ink.safetensors")
     page = open_page(f"{url}/generate?adapter=runs/done/done.safetensors")
     prompt = page.locator("#generate-prompt textarea")
     expect(prompt).to_have_value(re.compile("<lora:done:1>"), timeout=WAIT_MS)
@@ -267,6 +293,11 @@ def test_a_prompt_that_was_not_drawn_survives_a_reload(url: str, open_page: Open
     page.locator("#generate-steps input[type=number]").blur()
     prompt.fill("a long thought <lora:done:0.5>")
     expect(page.locator("#generate-stack output")).to_have_text("0.5", timeout=WAIT_MS)
+    page.get_by_role("tab", name="Grid").click()
+    page.locator("#generate-x-values input, #generate-x-values textarea").first.fill("0.1, 0.2, 0.3")
+    page.locator("#generate-y input").click()
+    page.get_by_role("option", name="none", exact=True).click()
+    expect(page.locator("#generate-grid-about")).to_contain_text("3 pictures", timeout=WAIT_MS)
     page.reload()
 
     expect(prompt).to_have_value("a long thought <lora:done:0.5>", timeout=WAIT_MS)
@@ -276,6 +307,36 @@ def test_a_prompt_that_was_not_drawn_survives_a_reload(url: str, open_page: Open
     page.locator('[data-do="language"]').click()
     expect(page.locator("#generate-go")).to_have_text("Zeichnen", timeout=WAIT_MS)
     expect(prompt).to_have_value("a long thought <lora:done:0.5>", timeout=WAIT_MS)
+    page.get_by_role("tab", name="Raster").click()
+    expect(page.locator("#generate-grid-about")).to_contain_text("3 Bilder", timeout=WAIT_MS)
+    page.goto(f"{url}/generate?adapter=adapters/ink.safetensors")
+    expect(prompt).to_have_value("a long thought <lora:done:0.5> <lora:ink:1>", timeout=WAIT_MS)
+
+
+def test_the_mix_and_the_open_adapter_survive_a_reload(url: str, open_page: Pages, workspace: Workspace) -> None:
+    (workspace.root / "adapters").mkdir()
+    for name in ("one", "two"):
+        shutil.copy(INK, workspace.root / "adapters" / f"{name}.safetensors")
+    page = open_page(f"{url}/adapters")
+    page.locator('.lora:has([data-name="one"])').click(timeout=WAIT_MS)
+    expect(page.locator("#adapters-head code")).to_have_text("adapters/one.safetensors", timeout=WAIT_MS)
+    for number, name in enumerate(("one", "two"), 1):
+        page.locator(f'.lora:has([data-name="{name}"]) .add').click(timeout=WAIT_MS)
+        expect(page.locator("#adapters-mix output")).to_have_count(number, timeout=WAIT_MS)
+    page.locator('#adapters-mix [data-name="two"][type=range]').fill("0.35")
+    page.locator("#adapters-method input").click()
+    page.get_by_role("option", name="ties").click()
+    page.locator("#adapters-prompt input, #adapters-prompt textarea").first.fill("a long thought")
+    page.reload()
+
+    expect(page.locator("#adapters-head code")).to_have_text("adapters/one.safetensors", timeout=WAIT_MS)
+    page.locator('[data-do="language"]').click()
+    page.get_by_role("tab", name="Mischen").click(timeout=WAIT_MS)
+    expect(page.locator("#adapters-mix output")).to_have_text(["1", "0.35"], timeout=WAIT_MS)
+    expect(page.locator("#adapters-method input")).to_have_value("ties")
+    expect(page.locator("#adapters-prompt input, #adapters-prompt textarea").first).to_have_value("a long thought")
+    expect(page.locator("#adapters-head code")).to_have_text("adapters/one.safetensors")
+    open_page.forgive_lost_connections()  # of the adapter that was being measured when the page was left
 
 
 def test_the_best_step_becomes_the_result(url: str, open_page: Open, workspace: Workspace) -> None:

@@ -14,7 +14,7 @@ import pytest
 from lora_diffusion.jobs.queue import Queue
 from lora_diffusion.workspace import Workspace
 from tests.captioners import save_tiny_blip
-from tests.webui.conftest import HOSTILE, wait_for
+from tests.webui.conftest import HOSTILE, QUESTIONS, Pages, lose, wait_for
 
 pytestmark = pytest.mark.browser
 
@@ -150,6 +150,17 @@ def proposals(workspace: Workspace, shapes: Path) -> None:
     run = RunFolder(job.run)
     run.begin(len(made), len(made))
     run.end("finished")
+
+
+def test_captionings_are_followed_also_when_an_answer_is_lost(proposals: None, url: str, open_page: Pages) -> None:
+    page = open_page("about:blank")
+    lose(page, "captioning")
+    with page.expect_event("requestfailed", lambda request: "component_server" in request.url):
+        page.goto(f"{url}/dataset?set=data/shapes")
+    page.unroute(QUESTIONS)
+
+    page.locator("#dataset-caption-state").filter(has_text="6").wait_for(timeout=WAIT_MS)  # the page asks every 15 s
+    open_page.forgive_lost_connections()
 
 
 @pytest.mark.parametrize(("scheme", "language"), [("light", ""), ("dark", "/de")])

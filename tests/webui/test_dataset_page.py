@@ -12,12 +12,14 @@ import pytest
 from PIL import Image
 
 from lora_diffusion.workspace import Workspace
-from tests.webui.conftest import HOSTILE, wait_for
+from tests.webui.conftest import HOSTILE, QUESTIONS, Pages, lose, wait_for
 
+expect = pytest.importorskip("playwright.sync_api").expect
 pytestmark = pytest.mark.browser
 
 NUM_PICTURES = 48
 SET = "data/many"
+WAIT_MS = 20_000
 
 
 @pytest.fixture()
@@ -91,6 +93,74 @@ def test_a_caption_is_saved_while_it_is_written_and_the_page_opens_again_at_the_
     assert "/dataset?" in opened.url and "picture=0006.png" in opened.url
     opened.locator("#dataset-undo").click()
     wait_for(lambda: (many / "0005.txt").read_text() == "harbour, dusk, boat 5\n")
+
+
+def warns_of_leaving(page: Any) -> bool:
+    return not page.evaluate("dispatchEvent(new Event('beforeunload', { cancelable: true }))")
+
+
+def test_what_is_written_while_the_server_is_away_is_saved_when_it_is_back(
+    opened: Any, many: Path, open_page: Pages
+) -> None:
+    caption, state = opened.locator("#dataset-caption"), opened.locator("#dataset-state")
+    lose(opened)
+    opened.locator('[data-name="0005.png"]').click()
+    caption.fill("a lighthouse, fog")
+    caption.press("Enter")
+    caption.fill("a pier, fog")
+    expect(opened.locator("#dataset-said")).to_contain_text("stays in this page", timeout=WAIT_MS)
+    expect(state).to_have_text("Not saved", timeout=WAIT_MS)
+    assert warns_of_leaving(opened)
+    opened.locator('[data-name="0005.png"]').click()
+    expect(caption).to_have_value("a lighthouse, fog")
+    expect(state).to_have_text("Not saved")
+    opened.unroute(QUESTIONS)
+
+    expect(state).to_have_text("Saved", timeout=WAIT_MS)
+    wait_for(lambda: (many / "0006.txt").read_text() == "a pier, fog\n")
+    assert (many / "0005.txt").read_text() == "a lighthouse, fog\n"
+    expect(opened.locator("#dataset-said")).to_have_text("Saved", timeout=WAIT_MS)
+    expect(opened.locator('[data-name="0006.png"] p')).to_have_text("a pier, fog", timeout=WAIT_MS)
+    assert not warns_of_leaving(opened)
+    caption.fill("a lighthouse, dawn")
+    wait_for(lambda: (many / "0005.txt").read_text() == "a lighthouse, dawn\n")
+    opened.locator("#dataset-undo").click()
+    expect(opened.locator("#dataset-said")).to_contain_text("Undone", timeout=WAIT_MS)
+    open_page.forgive_lost_connections()
+
+
+def test_what_is_written_is_saved_also_when_the_data_set_was_left_meanwhile(
+    opened: Any, many: Path, open_page: Pages
+) -> None:
+    lose(opened, "save")
+    opened.locator('[data-name="0005.png"]').click()
+    opened.locator("#dataset-caption").fill("a lighthouse, fog")
+    opened.locator("#dataset-other").click()
+    opened.locator('[data-set="data/shapes"]').click()
+    opened.locator('[data-name="5.png"]').click(timeout=WAIT_MS)
+    expect(opened.locator("#dataset-caption")).to_have_value("a shape, number 5", timeout=WAIT_MS)
+    opened.unroute(QUESTIONS)
+
+    wait_for(lambda: (many / "0005.txt").read_text() == "a lighthouse, fog\n")
+    assert opened.locator("#dataset-caption").input_value() == "a shape, number 5"
+    open_page.forgive_lost_connections()
+
+
+def test_what_is_refused_as_the_file_has_changed_is_still_there_for_who_comes_back(opened: Any, many: Path) -> None:
+    caption = opened.locator("#dataset-caption")
+    opened.locator('[data-name="0005.png"]').click()
+    (many / "0005.txt").write_text("by somebody else\n")
+    caption.fill("a lighthouse, fog")
+    caption.press("Enter")
+    expect(opened.locator("#dataset-said")).to_contain_text("0005.png: The caption was changed", timeout=WAIT_MS)
+    expect(opened.locator("#dataset-said")).to_contain_text("“by somebody else”")
+    opened.locator('[data-name="0005.png"]').click()
+
+    expect(caption).to_have_value("a lighthouse, fog")
+    expect(opened.locator("#dataset-state")).to_have_text("Not saved")
+    assert (many / "0005.txt").read_text() == "by somebody else\n"
+    caption.fill("a lighthouse, by somebody else")
+    wait_for(lambda: (many / "0005.txt").read_text() == "a lighthouse, by somebody else\n")
 
 
 def test_the_keyboard_moves_edits_and_leaves(opened: Any, many: Path) -> None:
@@ -201,6 +271,51 @@ def test_files_are_uploaded_into_a_new_folder(
     page.wait_for_selector('[data-name="a.png"]')
 
     assert sorted(path.name for path in (workspace.root / "data" / "from here").iterdir()) == ["a.png", "a.txt"]
+
+
+def test_an_upload_that_got_no_answer_goes_on_where_it_was(
+    workspace: Workspace, url: str, open_page: Pages, tmp_path: Path
+) -> None:
+    files = [tmp_path / "a.png", tmp_path / "b.png"]
+    for file in files:
+        Image.new("RGB", (64, 64), (1, 2, 3)).save(file)
+    page = open_page(f"{url}/dataset")
+    page.locator("#dataset-upload-name").fill("from here")
+    page.locator("#dataset-upload-files").set_input_files(files)
+    lose(page, "upload")
+    page.locator("#dataset-upload-start").click()
+    expect(page.locator(".upload .said.bad")).to_contain_text("did not answer", timeout=WAIT_MS)
+    expect(page.locator(".upload .said.bad")).to_contain_text("0 of 2 files are there")
+    page.unroute(QUESTIONS)
+    page.locator("#dataset-upload-start").click()
+    page.locator("#dataset-upload-open").click()
+    page.wait_for_selector('[data-name="b.png"]')
+
+    assert sorted(path.name for path in (workspace.root / "data" / "from here").iterdir()) == ["a.png", "b.png"]
+    open_page.forgive_lost_connections()
+
+
+def test_a_copy_is_followed_also_when_an_answer_is_lost(opened: Any, many: Path, open_page: Pages) -> None:
+    lose(opened, "mending")
+    opened.locator("#dataset-mend").click()
+    opened.locator("#dataset-mend-start").click()
+    expect(opened.locator("#dataset-mend-sheet [role=status]")).to_contain_text("did not answer", timeout=WAIT_MS)
+    opened.unroute(QUESTIONS)
+    opened.locator("#dataset-mend-open").click(timeout=WAIT_MS)
+
+    expect(opened.locator("h1")).to_have_text("data/many-mended", timeout=WAIT_MS)
+    open_page.forgive_lost_connections()
+
+
+def test_pictures_are_looked_at_also_when_an_answer_is_lost(many: Path, url: str, open_page: Pages) -> None:
+    page = open_page("about:blank")
+    lose(page, "look")
+    with page.expect_event("requestfailed", lambda request: "component_server" in request.url):
+        page.goto(f"{url}/dataset?set={quote(SET)}")
+    page.unroute(QUESTIONS)
+
+    page.wait_for_selector("#dataset-mend", timeout=60_000)
+    open_page.forgive_lost_connections()
 
 
 @pytest.mark.parametrize("language", ["", "/de"])

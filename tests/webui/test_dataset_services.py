@@ -145,6 +145,22 @@ def test_a_caption_that_was_changed_elsewhere_is_not_written_over(datasets: Data
     assert (folder_of(datasets) / "1.txt").read_text() == "from another program"
 
 
+def test_a_save_may_be_sent_again_when_its_answer_was_lost(datasets: Datasets) -> None:
+    datasets.open(SET)
+    first = datasets.save(SET, "1.png", "cat, red, number 1", "mine")
+    again = datasets.save(SET, "1.png", "cat, red, number 1", "mine")
+
+    assert "error" not in again
+    assert again["rows"] == first["rows"]
+    assert [row["caption"] for row in again["rows"]] == ["mine"]
+    assert again["levels"] == first["levels"], "nothing was written the second time"
+
+
+def test_a_copy_that_a_restart_ended_is_told(datasets: Datasets) -> None:
+    with pytest.raises(UserError, match="started anew while the copy was made"):
+        datasets.mending(SET)
+
+
 def test_what_was_done_is_undone_and_done_again_after_a_restart(datasets: Datasets) -> None:
     folder = folder_of(datasets)
     states = [bytes_of(folder)]
@@ -271,7 +287,7 @@ def test_a_mended_copy_leaves_the_original_as_it_was(datasets: Datasets) -> None
     before = bytes_of(folder)
     looked_at(datasets)
     datasets.mend(SET, "mended", {"without_twins": True, "upright": True, "opaque": True})
-    while not (datasets.mending(SET) or {})["isDone"]:
+    while not datasets.mending(SET)["isDone"]:
         time.sleep(0.05)
     copy = bytes_of(datasets.places.root / "data" / "mended")
 

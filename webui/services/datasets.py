@@ -148,7 +148,7 @@ class Datasets:
                 changed = opened.pictures.edit(name, before, text)
             except SetError as error:
                 return {"error": str(error), "rows": self.rows(opened, {name} & opened.pictures.pictures.keys())}
-            return {"rows": self.rows(opened, changed), "levels": self.levels(opened)}
+            return {"rows": self.rows(opened, {name, *changed}), "levels": self.levels(opened)}
 
     def preview(self, id: str, names: Sequence[str], edit: Mapping[str, Any]) -> Json:
         """What an edit would do, and a digest of that for `apply`."""
@@ -210,9 +210,12 @@ class Datasets:
         threading.Thread(target=_copy, args=(opened, target, mending, opened.mending), daemon=True).start()
         return opened.mending
 
-    def mending(self, id: str) -> Json | None:
+    def mending(self, id: str) -> Json:
         """How far the copy is."""
-        return self.opened(id).mending
+        mending = self.opened(id).mending
+        if mending is None:
+            raise SetError("The web UI was started anew while the copy was made. Delete its folder and make it again.")
+        return mending
 
     def make_set(self, name: str) -> str:
         """A new folder under data/ for an upload; its id."""

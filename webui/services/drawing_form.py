@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import secrets
 from dataclasses import dataclass, fields, replace
@@ -11,11 +10,14 @@ from lora_diffusion.errors import UserError
 from lora_diffusion.generation.request import Request, resolve_tags
 from lora_diffusion.generation.samplers import SAMPLERS
 from lora_diffusion.generation.sheet import AXES, MAX_PROMPT_LENGTH, Axis, Sheet, parse_axis
+from webui.services.kept import kept_values
 
 MAX_SIDE_PX = 2048
 FIRST_PROMPT = "a red house under a yellow sun"
 """What the shipped base and adapters can draw."""
 SEED_MODES = ("random", "fixed", "next")
+AXIS_FIELDS = ("x_name", "x_values", "y_name", "y_values")
+"""The fields of a grid."""
 
 
 @dataclass(frozen=True)
@@ -64,24 +66,19 @@ class DrawingForm:
 
 
 def fields_from_json(text: str) -> dict[str, object]:
-    """What a browser kept of the base and the fields, by name. What a field cannot hold is left out."""
-    names = ("base", *(field.name for field in fields(DrawingForm)))
-    try:
-        values = json.loads(text) if len(text) < 10 * MAX_PROMPT_LENGTH else []
-    except (ValueError, RecursionError):
-        return {}
-    if not isinstance(values, list) or len(values) != len(names):
-        return {}
-    return {name: value for name, value in zip(names, values, strict=True) if _is_value(name, value)}
+    """What a browser kept of the base, the fields and the axes of the grid, by name."""
+    return kept_values(text, ("base", *(field.name for field in fields(DrawingForm)), *AXIS_FIELDS), _fits)
 
 
-def _is_value(name: str, value: object) -> bool:
+def _fits(name: str, value: object) -> bool:
     match name:
         case "sampler":
             return isinstance(value, str) and value in SAMPLERS
         case "seed_mode":
             return value in SEED_MODES
-        case "base" | "prompt" | "negative":
+        case "x_name" | "y_name":
+            return isinstance(value, str) and (value in AXES or (name == "y_name" and value == ""))
+        case "base" | "prompt" | "negative" | "x_values" | "y_values":
             return isinstance(value, str) and len(value) <= MAX_PROMPT_LENGTH
         case _:
             return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

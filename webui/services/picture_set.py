@@ -87,11 +87,11 @@ class PictureSet:
         picture = self.picture(name)
         if picture.problem:
             raise SetError(f"The caption file cannot be read, so it is not written over. {picture.problem}")
-        if (picture.caption or "") != (before or ""):
-            raise SetError("The caption was changed elsewhere in the meantime. This is what it is now.")
         text = one_line(text)
         if text == (picture.caption or ""):
             return []
+        if (picture.caption or "") != (before or ""):
+            raise SetError("The caption was changed elsewhere in the meantime. This is what it is now.")
         return self.write([Change(name, picture.caption, text)], "edit", merges=True)
 
     def write(self, changes: Sequence[Change], what: str, *, merges: bool = False) -> list[str]:

@@ -3,11 +3,26 @@
   "use strict";
 
   const EDIT_DELAY_MS = 350, THEME = "lora-diffusion.theme", DRAFT = "lora-diffusion.draft";
-  const DRAFT_BEFORE = "lora-diffusion.draft-before", DRAWING = "lora-diffusion.drawing";
+  const DRAFT_BEFORE = "lora-diffusion.draft-before", DRAWING = "lora-diffusion.drawing", MIXING = "lora-diffusion.mixing";
   const one = (selector, root = document) => root.querySelector(selector);
   const all = (selector, root = document) => [...root.querySelectorAll(selector)];
   const stored = (key) => { try { return localStorage.getItem(key); } catch { return null; } };
   const store = (key, value) => { try { localStorage.setItem(key, value); } catch { /* private window */ } };
+
+  // What is typed: each tab has its own, and a new one opens with what was kept last in any.
+  function recall(key) {
+    const own = ownOfTab(key);
+    if (own !== null) return own;
+    const last = stored(key);
+    if (last !== null) setOwnOfTab(key, last);
+    return last;
+  }
+  function remember(key, value) {
+    setOwnOfTab(key, value);
+    store(key, value);
+  }
+  const ownOfTab = (key) => { try { return sessionStorage.getItem(key); } catch { return null; } };
+  const setOwnOfTab = (key, value) => { try { sessionStorage.setItem(key, value); } catch { /* private window */ } };
 
   const named = (name) => new URLSearchParams(location.search).has(name);
   // What the address named is in the fields now: a reload shows what was made of it since.
@@ -54,7 +69,7 @@
     return sent;
   }
 
-  const keep = () => store(DRAFT, JSON.stringify(filled()));
+  const keep = () => remember(DRAFT, JSON.stringify(filled()));
 
   function edited(delay) {
     clearTimeout(timer);
@@ -69,8 +84,8 @@
 
   // The form that the page opens with; one that a copy takes the place of can be had back.
   function draft() {
-    const kept = stored(DRAFT) ?? "";
-    if (named("copy") && kept) store(DRAFT_BEFORE, kept);
+    const kept = recall(DRAFT) ?? "";
+    if (named("copy") && kept) remember(DRAFT_BEFORE, kept);
     return kept;
   }
 
@@ -147,7 +162,7 @@
     if (nothing) nothing.hidden = !isFiltered || shown > 0;
     one("#train-fields")?.classList.toggle("filtered", isFiltered);
     const before = one("#train-before");
-    if (before) before.hidden = stored(DRAFT_BEFORE) === null;
+    if (before) before.hidden = recall(DRAFT_BEFORE) === null;
     const several = tables().length > 1;
     for (const table of tables()) table.classList.toggle("several", several);
   }
@@ -235,8 +250,8 @@
     },
     before() {
       const now = JSON.stringify(filled());
-      store(DRAFT, stored(DRAFT_BEFORE));
-      store(DRAFT_BEFORE, now);
+      remember(DRAFT, recall(DRAFT_BEFORE));
+      remember(DRAFT_BEFORE, now);
       clearTimeout(timer);
       timer = 0;
       location.reload();
@@ -393,20 +408,23 @@
     if (!due) { due = true; requestAnimationFrame(refresh); }
   }).observe(document.documentElement, { childList: true, subtree: true, attributes: true, attributeFilter: ["class"] });
 
-  // ---- The fields of the page Generate, kept as Gradio has them ----
+  // ---- The fields of a page, kept as Gradio has them ----
 
-  let isFilled = false;
-  const drawing = {
-    kept: () => stored(DRAWING) ?? "",
-    keep(...values) { if (isFilled) store(DRAWING, JSON.stringify(values)); return []; },
-    // What was kept is in the fields, or what the address names: from now on changes are a person's.
-    opened(...values) {
-      isFilled = true;
-      drawing.keep(...values);
-      forget("adapter");
-      return [];
-    },
-  };
+  function keeper(key, ...inAddress) {
+    let isFilled = false;
+    return {
+      kept: () => recall(key) ?? "",
+      keep(...values) { if (isFilled) remember(key, JSON.stringify(values)); return []; },
+      // What was kept is in the fields, or what the address names: from now on changes are a person's.
+      opened(...values) {
+        isFilled = true;
+        remember(key, JSON.stringify(values));
+        forget(...inAddress);
+        return [];
+      },
+    };
+  }
+  const drawing = keeper(DRAWING, "adapter"), mixing = keeper(MIXING);
 
-  window.loraDiffusion = { collect, draft, drawing, form, opened, ticked: () => JSON.stringify([...ticked]) };
+  window.loraDiffusion = { collect, draft, drawing, form, mixing, opened, ticked: () => JSON.stringify([...ticked]) };
 })();

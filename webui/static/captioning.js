@@ -71,7 +71,7 @@ window.loraDiffusionCaptioning = (page) => {
       h("p", { className: "hint" }, told(job) + (isOver ? problems : "")),
       job.isActive && job.status !== "queued" ? h("i", { className: "caption-bar", style: { "--share": String(job.total ? job.done / job.total : 0) } }) : null,
       isOver && job.error ? h("p", { className: "said bad" }, job.error) : null,
-      job.isActive ? button(t("caption.stop"), async () => { const answer = await ask("caption_stop"); if (!answer.error) draw(answer); }, { id: "dataset-caption-stop" }) : null);
+      job.isActive ? button(t("caption.stop"), async () => { const answer = await ask("caption_stop"); if (answer.error) page.say(answer.error, true); else draw(answer); }, { id: "dataset-caption-stop" }) : null);
     const review = pending ? button(t("caption.review", { n: pending }), openReview, { className: "quiet strong", id: "dataset-caption-review" }) : null;
     const head = h("div", { className: "caption-head" }, progress, review);
     if (body.firstChild?.className === "caption-head" && body.contains(form)) body.firstChild.replaceWith(head);
@@ -124,11 +124,13 @@ window.loraDiffusionCaptioning = (page) => {
       all.textContent = t("review.accept_all", { n });
       all.hidden = none.hidden = n === 0;
       said.textContent = n ? "" : t("review.empty");
+      said.className = "hint";
     }
+    function refuse(error) { said.textContent = error; said.className = "said bad"; }
     async function accept(chosen) {
       if (!chosen.length) return;
       const done = await ask("accept", { chosen: chosen.map((row) => ({ name: row.name, before: row.before, text: row.text() })) });
-      if (done.error) { said.textContent = done.error; said.className = "said bad"; return; }
+      if (done.error) return refuse(done.error);
       for (const row of chosen) row.decide(done.left.includes(row.name) ? "left" : "accepted");
       page.changed(done);
       count();
@@ -136,7 +138,8 @@ window.loraDiffusionCaptioning = (page) => {
     async function reject(chosen, back = false) {
       if (!chosen.length) return;
       const done = await ask("reject", { names: chosen.map((row) => row.name), back });
-      if (!done.error) for (const row of chosen) row.decide(back ? "" : "rejected");
+      if (done.error) return refuse(done.error);
+      for (const row of chosen) row.decide(back ? "" : "rejected");
       count();
     }
     function makeRow(one) {

@@ -9,7 +9,7 @@ window.loraDiffusionDataset = (element, server) => {
   const words = JSON.parse(root.dataset.words);
   const t = (key, values = {}) =>
     (words[`dataset.${key}`] ?? key).replace(/\{(\w+)\}/g, (whole, name) => (name in values ? String(values[name]) : whole));
-  const SAVE_DELAY_MS = 450, FIRST_CELLS = 120, PIECE_BYTES = 4_000_000, QUICK = "lora-diffusion.quick-tags";
+  const SAVE_DELAY_MS = 450, SAVE_AGAIN_MS = 3000, FIRST_CELLS = 120, PIECE_BYTES = 4_000_000, QUICK = "lora-diffusion.quick-tags";
 
   // ---- Small tools ----
 
@@ -34,11 +34,11 @@ window.loraDiffusionDataset = (element, server) => {
   const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
   const isTyping = (event) => event.target.closest?.("input, textarea, select, dialog");
 
+  // isLost: no answer came. Gradio's script gives nothing then, and throws nothing.
   async function ask(what, values = {}) {
-    let answer;
-    try { answer = await server.ask({ do: what, set: set.id, ...values }); }
-    catch { answer = { error: t("failed") }; }
-    return answer;
+    const lost = { error: t("failed"), isLost: true };
+    try { return (await server.ask({ do: what, set: set.id, ...values })) ?? lost; }
+    catch { return lost; }
   }
 
   // ---- What is known ----
@@ -85,7 +85,7 @@ window.loraDiffusionDataset = (element, server) => {
       h("p", { className: "hint" }, t("choose.about")),
       problem || found.error ? h("p", { className: "said bad", role: "alert" }, problem || found.error) : null,
       cards.length ? h("div", { className: "sets", id: "dataset-sets" }, cards)
-        : h("p", { className: "empty card" }, h("strong", {}, t("none")), t("none.about")),
+        : found.error ? null : h("p", { className: "empty card" }, h("strong", {}, t("none")), t("none.about")),
       uploadCard());
   }
 
@@ -97,24 +97,38 @@ window.loraDiffusionDataset = (element, server) => {
     const drop = h("label", { className: "drop" }, h("span", {}, t("upload.pick")), files);
     drop.addEventListener("dragover", (event) => event.preventDefault());
     drop.addEventListener("drop", (event) => { event.preventDefault(); files.files = event.dataTransfer.files; files.dispatchEvent(new Event("change")); });
-    files.addEventListener("change", () => { drop.firstChild.textContent = files.files.length ? t("upload.progress", { done: 0, total: files.files.length }) : t("upload.pick"); });
+    let made = "", done = 0;
+    files.addEventListener("change", () => { done = 0; drop.firstChild.textContent = files.files.length ? t("upload.progress", { done: 0, total: files.files.length }) : t("upload.pick"); });
 
     async function upload() {
       if (!files.files.length) return files.click();
-      go.disabled = true;
-      refused.replaceChildren();
-      const made = await ask("make", { name: name.value });
-      if (made.error) { state.className = "said bad"; state.textContent = made.error; go.disabled = false; return; }
-      let done = 0;
-      for (const file of files.files) {
-        const error = await sendFile(made.set, file);
+      go.disabled = files.disabled = true;
+      const problem = await send();
+      go.disabled = files.disabled = false;
+      state.className = problem ? "said bad" : "hint";
+      if (problem) state.textContent = problem;
+      else go.replaceWith(button(t("upload.done"), () => openSet(made), { className: "go", id: "dataset-upload-open" }));
+    }
+
+    // Goes on where it was when no answer came.
+    async function send() {
+      if (!made) {
+        const answer = await ask("make", { name: name.value });
+        if (answer.error) return answer.error;
+        made = answer.set;
+        name.disabled = true;
+      }
+      const total = files.files.length;
+      if (!done) refused.replaceChildren();
+      while (done < total) {
+        const { error, isLost } = await sendFile(made, files.files[done]);
+        if (isLost) return `${error} ${t("upload.stopped", { done, total })}`;
         if (error) refused.append(h("li", {}, error));
         done += 1;
         state.className = "hint";
-        state.textContent = t("upload.progress", { done, total: files.files.length });
+        state.textContent = t("upload.progress", { done, total });
       }
-      go.disabled = false;
-      go.replaceWith(button(t("upload.done"), () => openSet(made.set), { className: "go", id: "dataset-upload-open" }));
+      return "";
     }
     return h("section", { className: "card upload" }, h("h2", {}, t("upload")), h("p", { className: "hint" }, t("upload.about")),
       h("div", { className: "upload-row" }, name, drop, go), state, refused);
@@ -128,10 +142,10 @@ window.loraDiffusionDataset = (element, server) => {
       for (let at = 0; at < bytes.length; at += 32_768) text += String.fromCharCode(...bytes.subarray(at, at + 32_768));
       const last = offset + bytes.length >= file.size;
       const answer = await ask("upload", { set: id, name: file.name, piece: btoa(text), offset, last });
-      if (answer.error) return answer.error;
+      if (answer.error) return answer;
       offset += bytes.length;
     } while (offset < file.size);
-    return "";
+    return {};
   }
 
   // ---- One data set ----
@@ -170,8 +184,8 @@ window.loraDiffusionDataset = (element, server) => {
     let hadSizes = false;
     for (;;) {
       const look = await ask("look");
-      if (mine !== generation || look.error) return;
-      set.look = look;
+      if (mine !== generation || (look.error && !look.isLost)) return;
+      if (!look.isLost) set.look = look;
       drawProgress();
       if (look.isDone || (look.hasSizes && !hadSizes)) { hadSizes = true; await refreshView(); }
       if (look.isDone) return;
@@ -355,19 +369,25 @@ window.loraDiffusionDataset = (element, server) => {
 
   // ---- The editor ----
 
-  let timer = 0, isDirty = false, saving = Promise.resolve();
-  addEventListener("beforeunload", (event) => { if (isDirty) { flush(); event.preventDefault(); } });
+  // What was written stays here until the server has it, whichever picture or data set is shown meanwhile.
+  // before: the caption that it takes the place of. sent: when. problem: why it was not saved. isRefused: the file holds
+  // something else by now, so that it is saved only after another change.
+  const unsaved = new Map();
+  let timer = 0, saving = Promise.resolve(), wasLost = false;
+  const keyOf = (row) => `${set.id}\n${row.name}`;
+  const isBeingSaved = (one) => performance.now() - one.sent < 1000;
+  addEventListener("beforeunload", (event) => { if (![...unsaved.values()].every(isBeingSaved)) { flush(); event.preventDefault(); } });
 
   const quickTags = () => { try { return JSON.parse(localStorage.getItem(QUICK) ?? "{}")[set.id] ?? []; } catch { return []; } };
 
   function drawEditor() {
-    const row = set.pictures[set.cursor];
+    const row = set.pictures[set.cursor], kept = row && unsaved.get(keyOf(row));
     ui.text = null;
     ui.editor.classList.toggle("open", Boolean(row));
     if (!row) return fill(ui.editor, h("p", { className: "empty" }, t("editor.pick")));
-    const text = h("textarea", { id: "dataset-caption", rows: 5, value: row.caption ?? "", placeholder: t("editor.placeholder"), "aria-label": t("editor.caption"), maxLength: 20000, disabled: Boolean(row.problem) });
+    const text = h("textarea", { id: "dataset-caption", rows: 5, value: kept?.text ?? row.caption ?? "", placeholder: t("editor.placeholder"), "aria-label": t("editor.caption"), maxLength: 20000, disabled: Boolean(row.problem) });
     ui.text = text;
-    text.addEventListener("input", () => { isDirty = true; state(t("saving")); drawChips(); clearTimeout(timer); timer = setTimeout(flush, SAVE_DELAY_MS); });
+    text.addEventListener("input", () => { note(); drawChips(); clearTimeout(timer); timer = setTimeout(flush, SAVE_DELAY_MS); });
     text.addEventListener("blur", flush);
     text.addEventListener("keydown", (event) => {
       if (event.isComposing) return;
@@ -375,6 +395,7 @@ window.loraDiffusionDataset = (element, server) => {
       else if (event.key === "Escape") { text.blur(); ui.grid.focus({ preventScroll: true }); }
     });
     ui.state = h("span", { className: "save-state", id: "dataset-state", role: "status" });
+    drawState();
     ui.tokens = h("span", { className: "tokens", id: "dataset-tokens" });
     ui.chips = h("div", { className: "chips", id: "dataset-chips" });
     ui.quick = h("div", { className: "quick" });
@@ -437,27 +458,59 @@ window.loraDiffusionDataset = (element, server) => {
     setText((tags.includes(tag) ? tags.filter((other) => other !== tag) : [...tags, tag]).join(", "));
   }
 
-  function setText(text) { ui.text.value = text; isDirty = true; flush(); drawChips(); drawQuick(); }
+  function setText(text) { ui.text.value = text; note(); flush(); drawChips(); drawQuick(); }
   function state(text, isBad = false) { if (ui.state) { ui.state.textContent = text; ui.state.classList.toggle("bad", isBad); } }
+  function drawState() {
+    const row = set.pictures[set.cursor], kept = row && unsaved.get(keyOf(row));
+    if (kept) state(t(kept.problem ? "not_saved" : "saving"), Boolean(kept.problem));
+  }
+
+  function note() {
+    const row = set.pictures[set.cursor], key = keyOf(row);
+    unsaved.set(key, { before: row.caption, ...unsaved.get(key), set: set.id, name: row.name, text: ui.text.value, sent: -Infinity, problem: "", isRefused: false });
+    drawState();
+  }
 
   function flush() {
     clearTimeout(timer);
-    if (!isDirty || !ui.text) return saving;
-    isDirty = false;
-    const number = set.cursor, text = ui.text.value, of = generation;
-    saving = saving.then(async () => {
-      if (of !== generation) return;
-      const row = set.pictures[number];
-      const answer = await ask("save", { name: row.name, before: row.caption, text });
-      if (of !== generation) return;
-      for (const fresh of answer.rows ?? []) takeRow(fresh);
-      if (answer.error) { if (!answer.rows && number === set.cursor) isDirty = true; state(t("not_saved"), true); const now = set.pictures[number].caption; return say(`${row.name}: ${answer.error}${now ? ` “${now}”` : ""}`, true); }
-      if (answer.levels) set.levels = answer.levels;
-      drawLevels();
-      if (number === set.cursor) { state(t("saved")); drawTokens(set.pictures[number]); drawQuick(); }
-      refreshTerms();
-    });
+    if (unsaved.size) saving = saving.then(saveAll, saveAll);
     return saving;
+  }
+
+  async function saveAll() {
+    for (const [key, one] of [...unsaved]) {
+      if (one.isRefused || unsaved.get(key) !== one) continue;
+      const { isLost } = await save(key, one);
+      if (isLost) break;
+    }
+    if (![...unsaved.values()].some((one) => one.problem && !one.isRefused)) return;
+    clearTimeout(timer);
+    timer = setTimeout(flush, SAVE_AGAIN_MS);
+  }
+
+  async function save(key, one) {
+    one.sent = performance.now();
+    const answer = await ask("save", { set: one.set, name: one.name, before: one.before, text: one.text });
+    const isHere = one.set === set.id && set.pictures.length > 0, row = answer.rows?.find((row) => row.name === one.name);
+    const isShown = isHere && set.pictures[set.cursor]?.name === one.name, isLatest = unsaved.get(key) === one;
+    if (isHere) for (const fresh of answer.rows ?? []) takeRow(fresh);
+    if (answer.error) {
+      Object.assign(one, { sent: -Infinity, problem: answer.error, isRefused: Boolean(answer.rows), before: row ? row.caption : one.before });
+      if (answer.isLost) for (const other of unsaved.values()) other.problem ||= answer.error;
+      drawState();
+      say(`${one.name}: ${answer.error}${answer.isLost ? ` ${t("kept")}` : ""}${row?.caption ? ` “${row.caption}”` : ""}`, true);
+      wasLost ||= Boolean(answer.isLost);
+      return answer;
+    }
+    if (isLatest) unsaved.delete(key); else unsaved.get(key).before = row.caption;
+    if (wasLost) say(t("saved"));
+    wasLost = false;
+    if (!isHere) return answer;
+    set.levels = answer.levels;
+    drawLevels();
+    if (isShown && isLatest) { state(t("saved")); drawTokens(row); drawQuick(); }
+    refreshTerms();
+    return answer;
   }
 
   let termsTimer = 0;
@@ -656,7 +709,12 @@ window.loraDiffusionDataset = (element, server) => {
     async function start() {
       go.disabled = true;
       let now = await ask("mend", { name: name.value, options: Object.fromEntries(keys.map((key) => [key, boxes[key].checked])) });
-      while (!now.error && !now.isDone) { said.textContent = t("mend.progress", now); await pause(500); now = await ask("mending"); }
+      const isBegun = !now.error;
+      while (isBegun && (now.isLost || !(now.error || now.isDone))) {
+        said.textContent = now.error ?? t("mend.progress", now);
+        await pause(500);
+        now = await ask("mending");
+      }
       go.disabled = false;
       if (now.error) { said.className = "said bad"; said.textContent = now.error; return; }
       said.className = "said good";

@@ -17,16 +17,20 @@ from webui.services.library import KINDS
 from webui.translate import Translator
 
 SOURCES = ("library", "run", "sample")
+METHODS = ["concat", "svd", "ties", "dare"]
+MAX_RANK = 1024
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The left side. chosen: a hidden field with the id of the adapter whose inspector is open.
+    """The left side. chosen: a hidden field with the id of the adapter whose inspector is open. kept: hidden, what the
+    browser kept of it and of the mix as JSON.
 
     A hidden field and no State: only its changes are told when events do not wait in the queue.
     """
 
     chosen: gr.Textbox
+    kept: gr.Textbox
     search: gr.Textbox
     family: gr.Dropdown
     kind: gr.Dropdown
@@ -102,6 +106,7 @@ class Inspector:
 def make_listing(t: Translator) -> Listing:
     """Filters above, cards below."""
     chosen = gr.Textbox("", visible="hidden", elem_id="adapters-chosen", label="chosen")
+    kept = gr.Textbox("", visible="hidden", elem_id="adapters-kept", label="kept")
     with gr.Row(elem_classes="filters"):
         search = gr.Textbox(
             "",
@@ -118,7 +123,7 @@ def make_listing(t: Translator) -> Listing:
         source = _filter(t, "source", [(t(f"adapters.source.{it}"), it) for it in SOURCES], 100)
         tag = _filter(t, "tag", [], 90)
     cards = gr.HTML(elem_id="adapters-cards", apply_default_css=False, js_on_load=CLICKS)
-    return Listing(chosen, search, family, kind, source, tag, cards)
+    return Listing(chosen, kept, search, family, kind, source, tag, cards)
 
 
 def make_inspector(t: Translator, known_bases: Sequence[Base]) -> Inspector:
@@ -187,7 +192,7 @@ def _change(t: Translator) -> Change:
             label=t("adapters.resize.rank"),
             precision=0,
             minimum=1,
-            maximum=1024,
+            maximum=MAX_RANK,
             elem_id="adapters-rank",
             min_width=90,
         )
@@ -212,13 +217,13 @@ def _mix(t: Translator, text: gr.Textbox, known_bases: Sequence[Base]) -> Mix:
     with gr.Group(elem_classes="adapter-stack"):
         stack = gr.HTML(elem_id="adapters-mix", apply_default_css=False, js_on_load=STACK)
     with gr.Row():
-        method = _choice(t("adapters.mix.method"), "adapters-method", ["concat", "svd", "ties", "dare"], "concat")
+        method = _choice(t("adapters.mix.method"), "adapters-method", METHODS, METHODS[0])
         rank = gr.Number(
             0,
             label=t("adapters.mix.rank"),
             precision=0,
             minimum=0,
-            maximum=1024,
+            maximum=MAX_RANK,
             elem_id="adapters-merge-rank",
             min_width=100,
         )

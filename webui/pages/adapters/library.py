@@ -34,7 +34,6 @@ def connect(site: Site, t: Translator, demo: gr.Blocks, listing: Listing, inspec
         handlers.inspection, chosen, inspector.inspection, **TOOLS
     )
     demo.load(handlers.tags, None, listing.tag, **QUICK)
-    demo.load(lambda: str(render_head(t, None)), None, inspector.head, **QUICK)
     return redraw
 
 

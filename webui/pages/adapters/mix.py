@@ -34,7 +34,6 @@ def connect(site: Site, t: Translator, demo: gr.Blocks, inspector: Inspector, re
     def working() -> str:
         return said(t("adapters.working"))
 
-    demo.load(handlers.stack, mix.text, mix.stack, **QUICK)
     connect_stack(mix.text, mix.stack, handlers.stack)
     mix.preview.click(working, None, out, **QUICK).then(
         handlers.preview, [*recipe, mix.prompt], [merged, ordered, out], **TOOLS

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import gradio as gr
 
-from webui.pages.adapters import change, library, mix
+from webui.pages.adapters import change, library, mix, opening
 from webui.pages.adapters.layout import make_inspector, make_listing, make_title
-from webui.pages.base_choice import offer_bases
-from webui.pages.events import QUICK
 from webui.services.bases import bases
 from webui.services.site import Site
 from webui.translate import Translator
@@ -21,8 +19,7 @@ def build(site: Site, t: Translator, demo: gr.Blocks) -> None:
             listing = make_listing(t)
         with gr.Column(scale=5, min_width=320, elem_classes="rail"):
             inspector = make_inspector(t, bases(site.places))
-    base = inspector.mix.base
-    demo.load(lambda chosen: offer_bases(site, chosen)[0], base, base, **QUICK)
     redraw = library.connect(site, t, demo, listing, inspector)
     change.connect(site, t, listing, inspector, redraw)
     mix.connect(site, t, demo, inspector, redraw)
+    opening.connect(site, t, demo, listing, inspector)

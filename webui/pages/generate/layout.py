@@ -53,10 +53,6 @@ class Controls:
     fields: Fields
     kept: gr.Textbox
 
-    def remembered(self) -> list[Component]:
-        """What the browser keeps, in the order of `drawing_form.fields_from_json`."""
-        return [self.base, *self.fields.all()]
-
 
 @dataclass(frozen=True)
 class GridTab:
@@ -71,6 +67,7 @@ class GridTab:
     cells: gr.HTML
 
     def axes(self) -> list[Component]:
+        """In the order of `drawing_form.AXIS_FIELDS`."""
         return [self.x_name, self.x_values, self.y_name, self.y_values]
 
 

@@ -18,21 +18,17 @@ from webui.pages.events import QUICK
 from webui.pages.generate.layout import Controls, Fields, Results, add_choices, size_choices
 from webui.pages.generate.ordering import Orders
 from webui.pages.generate.prompt import show_stack
+from webui.pages.kept import keep_fields
 from webui.services.bases import Base, base_of_run, find_base
-from webui.services.drawing_form import FIRST_PROMPT, DrawingForm, fields_from_json
+from webui.services.drawing_form import AXIS_FIELDS, FIRST_PROMPT, DrawingForm, fields_from_json
 from webui.services.gallery import Picture
 from webui.services.infotext_file import read_settings
+from webui.services.library import Adapter
+from webui.services.prompt_tags import set_strength, stack_of, without
 from webui.services.site import Site
 from webui.services.studio import with_tags
 from webui.services.trash import move_to_trash
 from webui.translate import Translator
-
-KEPT = """async (_, ...chosen) => {
-    while (!window.loraDiffusion) await new Promise((resolve) => setTimeout(resolve, 20));
-    return [window.loraDiffusion.drawing.kept(), ...chosen];
-}"""
-OPENED = "(...values) => window.loraDiffusion.drawing.opened(...values)"
-KEEP = "(...values) => window.loraDiffusion?.drawing.keep(...values) ?? []"
 
 NUM_FIELDS = len(fields_of(Fields))
 _WIDTH, _HEIGHT = ([field.name for field in fields_of(Fields)].index(name) for name in ("width", "height"))
@@ -48,16 +44,15 @@ def connect(site: Site, t: Translator, demo: gr.Blocks, controls: Controls, resu
     controls.dropped.upload(
         handlers.open_png, [controls.dropped, controls.base], [*filled, controls.said, controls.dropped], **QUICK
     )
-    remembered = controls.remembered()
-    demo.load(
+    axes = results.grid.axes()
+    keep_fields(
+        demo,
+        "drawing",
+        [controls.base, *controls.fields.all(), *axes],
         handlers.open_page,
         [controls.kept, controls.base, controls.fields.prompt],
-        [*filled, controls.add, controls.base],
-        js=KEPT,
-        **QUICK,
-    ).then(None, remembered, None, js=OPENED, api_visibility="private")
-    changes = [field.change for field in remembered]  # pyright: ignore[reportAttributeAccessIssue]
-    gr.on(changes, None, remembered, None, js=KEEP, api_visibility="private")
+        [*filled, *axes, controls.add, controls.base],
+    )
 
 
 @dataclass(frozen=True)
@@ -142,9 +137,9 @@ class Opening:
         return [*self.fill(request, self._base(base_id)), self._about(request, unknown, Path(file).name), None]
 
     def open_page(self, kept: str, base_id: str | None, text: str, request: gr.Request) -> list[object]:
-        """With what the address names, or what the browser kept, or else the settings of the newest picture.
+        """With what the address names, and what the browser kept, or else the settings of the newest picture.
 
-        Last: the adapters that can be added, and the bases.
+        Last: the axes of the grid, the adapters that can be added, and the bases.
         """
         studio = self.site.studio
         adapters = studio.library.adapters()
@@ -166,14 +161,13 @@ class Opening:
             values, text = self.fill(settled, base), settled.prompt
             values[NUM_FIELDS - 1] = gr.skip()  # whether seeds are random stays as it was
         if adapter is not None:
-            words = [adapter.facts.trigger] if adapter.facts.trigger else []
-            text = with_tags(", ".join([*words, FIRST_PROMPT]), {adapter.name: 1.0})
+            text = _call(adapter, str(fields.get("prompt", "")), adapters)
             values[0] = text
-        if base is not None and base.id == trained_on:
+        if base is not None and base.id == trained_on and trained_on != fields.get("base"):
             values[_WIDTH], values[_HEIGHT] = base.sizes[0]
             values[-1] = self._size_list(base, base.sizes[0])
         values[NUM_FIELDS] = show_stack(self.site, self.t, text)
-        return [*values, choices, bases]
+        return [*values, *(fields.get(name, gr.skip()) for name in AXIS_FIELDS), choices, bases]
 
     def _fill_kept(self, kept: Mapping[str, object], base: Base | None) -> list[object]:
         """As `fill`, from what the browser kept."""
@@ -201,3 +195,15 @@ class Opening:
         if missing:
             return said("\n".join(missing), bad=True)
         return said(self.t("generate.open.done", name=name)) if name else ""
+
+
+def _call(adapter: Adapter, kept: str, adapters: Sequence[Adapter]) -> str:
+    """The prompt that was kept with `adapter` in it, in the place of other steps of its run; or else a first prompt."""
+    if not kept.strip():
+        words = [adapter.facts.trigger] if adapter.facts.trigger else []
+        return with_tags(", ".join([*words, FIRST_PROMPT]), {adapter.name: 1.0})
+    for other in adapters:
+        if adapter.run and other.run == adapter.run and other.name != adapter.name:
+            kept = without(kept, other.name)
+    is_called = any(item.name == adapter.name for item in stack_of(kept))
+    return kept if is_called else set_strength(kept, adapter.name, 1.0)
