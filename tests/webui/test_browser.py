@@ -246,23 +246,27 @@ def test_each_tab_keeps_its_own_form_and_a_new_one_gets_the_last(url: str, open_
     cats.locator("#train-start").wait_for(timeout=WAIT_MS)
     fill(cats, "run.name", "cats")
     expect(cats.locator("#train-toml-text")).to_contain_text("cats", timeout=WAIT_MS)
-    copy, new = cats.context.new_page(), cats.context.new_page()
+    copy = cats.context.new_page()
     copy.goto(f"{url}/?copy=runs/done")
     expect(copy.locator('[data-field="run.name"]')).to_have_value("done-2", timeout=WAIT_MS)
     fill(copy, "run.name", "edited")
     expect(copy.locator("#train-toml-text")).to_contain_text("edited", timeout=WAIT_MS)
+    cats.bring_to_front()  # a tab behind another one is drawn whenever the browser likes
     cats.reload()
     expect(cats.locator("#train-toml-text")).to_contain_text("cats", timeout=WAIT_MS)
     fill(cats, "run.name", "more-cats")
     expect(cats.locator("#train-toml-text")).to_contain_text("more-cats", timeout=WAIT_MS)
+    copy.bring_to_front()
     copy.reload()
 
     expect(copy.locator("#train-toml-text")).to_contain_text("edited", timeout=WAIT_MS)
     expect(copy.locator('[data-field="run.name"]')).to_have_value("edited")
-    cats.locator('[data-field="run.name"]').press_sequentially("!")
-    expect(cats.locator("#train-toml-text")).to_contain_text("more-cats!", timeout=WAIT_MS)
+    cats.bring_to_front()
+    fill(cats, "run.name", "most-cats")
+    expect(cats.locator("#train-toml-text")).to_contain_text("most-cats", timeout=WAIT_MS)
+    new = cats.context.new_page()
     new.goto(url)
-    expect(new.locator("#train-toml-text")).to_contain_text("more-cats!", timeout=WAIT_MS)
+    expect(new.locator("#train-toml-text")).to_contain_text("most-cats", timeout=WAIT_MS)
 
 
 def test_a_preset_and_a_data_set_that_were_chosen_survive_a_reload(url: str, open_page: Open) -> None:
