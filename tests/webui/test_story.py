@@ -228,8 +228,10 @@ def merge_with_neon(page: Any, server: Server, keep: Keep) -> None:
 def draw_with_the_merged_file(page: Any, server: Server, keep: Keep, like: Image.Image) -> Image.Image:
     """The picture in the size of `like`: the gallery shows it larger than a grid does."""
     page.goto(f"{server.url}/generate?adapter=adapters/ink-and-neon.safetensors")
-    expect(page.locator("#generate-stack output")).to_have_text("1", timeout=WAIT_MS)
+    stack = page.locator("#generate-stack output")
+    expect(stack).to_have_text(["1", "1"], timeout=WAIT_MS)  # added to the prompt that was typed
     page.locator("#generate-prompt textarea").fill(f"{PROMPT} <lora:ink-and-neon:1>")
+    expect(stack).to_have_text(["1"], timeout=WAIT_MS)
     page.get_by_text("fixed", exact=True).click()
     page.locator("#generate-go").click()
     expect(page.locator(".shot")).to_have_count(2, timeout=ENGINE_MS)  # the newest first; the other is the sheet
