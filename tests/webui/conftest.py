@@ -225,6 +225,16 @@ def lose(page: Any, *questions: str) -> None:
     page.route(QUESTIONS, end)
 
 
+def open_with_loss(open_page: Pages, address: str, question: str) -> Any:
+    """The page of `address`, which has got no answer to `question` once."""
+    page = open_page("about:blank")
+    lose(page, question)
+    with page.expect_event("requestfailed", lambda request: "component_server" in request.url):
+        page.goto(address)
+    page.unroute(QUESTIONS)
+    return page
+
+
 def _is_outside(address: str) -> bool:
     return not address.startswith(("http://127.0.0.1:", "data:", "blob:"))
 

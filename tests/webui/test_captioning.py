@@ -14,8 +14,9 @@ import pytest
 from lora_diffusion.jobs.queue import Queue
 from lora_diffusion.workspace import Workspace
 from tests.captioners import save_tiny_blip
-from tests.webui.conftest import HOSTILE, QUESTIONS, Pages, lose, wait_for
+from tests.webui.conftest import HOSTILE, Pages, open_with_loss, wait_for
 
+expect = pytest.importorskip("playwright.sync_api").expect
 pytestmark = pytest.mark.browser
 
 WAIT_MS = 90_000
@@ -153,13 +154,9 @@ def proposals(workspace: Workspace, shapes: Path) -> None:
 
 
 def test_captionings_are_followed_also_when_an_answer_is_lost(proposals: None, url: str, open_page: Pages) -> None:
-    page = open_page("about:blank")
-    lose(page, "captioning")
-    with page.expect_event("requestfailed", lambda request: "component_server" in request.url):
-        page.goto(f"{url}/dataset?set=data/shapes")
-    page.unroute(QUESTIONS)
+    page = open_with_loss(open_page, f"{url}/dataset?set=data/shapes", "captioning")
 
-    page.locator("#dataset-caption-state").filter(has_text="6").wait_for(timeout=WAIT_MS)  # the page asks every 15 s
+    expect(page.locator("#dataset-caption-state")).to_contain_text("6", timeout=WAIT_MS)  # the page asks every 15 s
     open_page.forgive_lost_connections()
 
 

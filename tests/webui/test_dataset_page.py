@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from lora_diffusion.workspace import Workspace
-from tests.webui.conftest import HOSTILE, QUESTIONS, Pages, lose, wait_for
+from tests.webui.conftest import HOSTILE, QUESTIONS, Pages, lose, open_with_loss, wait_for
 
 expect = pytest.importorskip("playwright.sync_api").expect
 pytestmark = pytest.mark.browser
@@ -308,13 +308,9 @@ def test_a_copy_is_followed_also_when_an_answer_is_lost(opened: Any, many: Path,
 
 
 def test_pictures_are_looked_at_also_when_an_answer_is_lost(many: Path, url: str, open_page: Pages) -> None:
-    page = open_page("about:blank")
-    lose(page, "look")
-    with page.expect_event("requestfailed", lambda request: "component_server" in request.url):
-        page.goto(f"{url}/dataset?set={quote(SET)}")
-    page.unroute(QUESTIONS)
+    page = open_with_loss(open_page, f"{url}/dataset?set={quote(SET)}", "look")
 
-    page.wait_for_selector("#dataset-mend", timeout=60_000)
+    expect(page.locator("#dataset-mend")).to_be_visible(timeout=60_000)
     open_page.forgive_lost_connections()
 
 
