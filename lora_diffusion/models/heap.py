@@ -46,12 +46,9 @@ def large_blocks_apart() -> Iterator[None]:
     recorded step of 32 pictures the process held up to 300 MB more. Inside, a tensor of a megabyte or more has pages
     of its own from the system.
     """
-    library = _glibc()
-    if library is None:
-        yield
-        return
-    library.malloc_trim(0)
-    library.mallopt(_MMAP_THRESHOLD, 2**20)
+    trim_heap()
+    if library := _glibc():
+        library.mallopt(_MMAP_THRESHOLD, 2**20)
     try:
         yield
     finally:
