@@ -32,33 +32,40 @@ def scan(folder: Path, memory: Path) -> dict[str, float]:
 def train(config: Path, steps: int, started: float) -> dict[str, float]:
     """From the start of the process (started: on the monotonic clock) to the first step, then `steps` more.
 
+    All is imported and launched as `lora-diffusion train` does.
+
     Overhead is in CPU seconds all that a step takes beside the model's passes and the update: drawing its batch, in
     whichever thread, finding its captions' encodings, its line in the log and whatever else is due after it.
     """
     from lora_diffusion.config import TrainConfig
-    from lora_diffusion.recipe import build, make_accelerator
+    from lora_diffusion.launch import lasting_imports
     from lora_diffusion.runs import RunFolder
-    from lora_diffusion.training.quiet_step import QuietStep
+
+    with lasting_imports():
+        from lora_diffusion.recipe import build, make_accelerator
+        from lora_diffusion.training.quiet_step import QuietStep
+        from lora_diffusion.training_run import compiler_if_wanted
 
     settings = TrainConfig.load(config, [])
     accelerator = make_accelerator(settings)
     imported = time.process_time()
     run = RunFolder(settings.run.output)
     run.path.mkdir(parents=True, exist_ok=True)
-    trainer: Any = build(settings, run, accelerator, resume=False)
     computing: list[float] = []
     QuietStep.__call__ = _timed(QuietStep.__call__, computing)
-    run.begin(0, settings.run.steps or 0)
-    trainer.begin()
-    start_wall, start_cpu = time.monotonic() - started, time.process_time()
-    trainer.train_step()
-    for _ in range(WARM_UPS if steps else 0):
+    with compiler_if_wanted(settings, accelerator):
+        trainer: Any = build(settings, run, accelerator, resume=False)
+        run.begin(0, settings.run.steps or 0)
+        trainer.begin()
+        start_wall, start_cpu = time.monotonic() - started, time.process_time()
         trainer.train_step()
-    computing.clear()
-    cpu = time.process_time()
-    for _ in range(steps):
-        trainer.train_step()
-    cpu = time.process_time() - cpu
+        for _ in range(WARM_UPS if steps else 0):
+            trainer.train_step()
+        computing.clear()
+        cpu = time.process_time()
+        for _ in range(steps):
+            trainer.train_step()
+        cpu = time.process_time() - cpu
     assert len(computing) == steps, "steps are launched another way than is measured here"
     return {
         "start_wall_s": start_wall,
