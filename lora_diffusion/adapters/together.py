@@ -65,23 +65,34 @@ class _Together(torch.autograd.Function):
         count, width, _ = up.shape
         rows = x.reshape(-1, x.shape[-1])  # (N, in)
         hidden = (rows @ down.T).view(len(rows), count, -1).transpose(0, 1)  # (k, N, r)
-        output = room(rows, len(rows), count * width)
-        made = output.view(len(rows), count, width).transpose(0, 1)
-        made.baddbmm_(hidden, up.transpose(1, 2), beta=0, alpha=scale)  # before the base: see `fused`
-        output.addmm_(rows, weight[: count * width].T)
+        base = weight[: count * width]
+        if torch.compiler.is_compiling():  # which cannot trace what is written into transposed views
+            made = torch.baddbmm(_nothing(rows), hidden, up.transpose(1, 2), beta=0, alpha=scale)
+            output = torch.addmm(_side_by_side(made), rows, base.T)
+        else:
+            output = room(rows, len(rows), count * width)
+            made = output.view(len(rows), count, width).transpose(0, 1)
+            made.baddbmm_(hidden, up.transpose(1, 2), beta=0, alpha=scale)  # before the base: see `fused`
+            output.addmm_(rows, base.T)
         ctx.save_for_backward(rows, hidden, up, weight)
         ctx.scale, ctx.shape = scale, x.shape
-        return tuple(part.view(*x.shape[:-1], width) for part in made)
+        return tuple(part.view(*x.shape[:-1], width) for part in output.view(len(rows), count, width).transpose(0, 1))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         rows, hidden, up, weight = ctx.saved_tensors
         count, width, rank = up.shape
-        room = rows.new_empty(len(rows), count * rank)  # for the gradient of what is between the factors
-        joined = torch.cat([*(grad.reshape(-1, width) for grad in grads), room], dim=1)  # (N, k · out + k · r)
-        grad_made, grad_hidden = _parts(joined, count, width)
-        grad_hidden.baddbmm_(grad_made, up, beta=0, alpha=ctx.scale)
+        own = [grad.reshape(-1, width) for grad in grads]
+        if torch.compiler.is_compiling():
+            grad_made = torch.stack(own)
+            grad_hidden = torch.baddbmm(_nothing(rows), grad_made, up, beta=0, alpha=ctx.scale)
+            joined = torch.cat([_side_by_side(grad_made), _side_by_side(grad_hidden)], dim=1)  # (N, k · out + k · r)
+        else:
+            room = rows.new_empty(len(rows), count * rank)  # for the gradient of what is between the factors
+            joined = torch.cat([*own, room], dim=1)
+            grad_made, grad_hidden = _parts(joined, count, width)
+            grad_hidden.baddbmm_(grad_made, up, beta=0, alpha=ctx.scale)
         grad_x = (joined @ weight).view(ctx.shape) if ctx.needs_input_grad[0] else None
         grad_down = joined[:, count * width :].T @ rows
         grad_up = torch.baddbmm(up, grad_made.transpose(1, 2), hidden, beta=0, alpha=ctx.scale)
@@ -92,3 +103,13 @@ def _parts(joined: Tensor, count: int, width: int) -> tuple[Tensor, Tensor]:
     """(N, k · C + k · r) → views (k, N, C) and (k, N, r)."""
     outer, inner = joined[:, : count * width], joined[:, count * width :]
     return outer.view(len(joined), count, width).transpose(0, 1), inner.view(len(joined), count, -1).transpose(0, 1)
+
+
+def _side_by_side(parts: Tensor) -> Tensor:
+    """(k, N, C) → (N, k · C)"""
+    return parts.transpose(0, 1).flatten(1)
+
+
+def _nothing(like: Tensor) -> Tensor:
+    """What a product is added to where nothing is: not read with beta=0."""
+    return like.new_zeros(1, 1, 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -110,9 +111,22 @@ class StepGraphs:
                 self._step(static)
         except RuntimeError as error:
             shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
-            logger.warning("steps of %s are launched one operation at a time: no CUDA graph (%s)", shapes, error)
-            return None
-        return _Captured(graph, static)
+            # Its text: the error itself would keep the step's tensors for as long as the log's line is kept.
+            reason = str(error)
+            logger.warning("steps of %s are launched one operation at a time: no CUDA graph (%s)", shapes, reason)
+        else:
+            return _Captured(graph, static)
+        self._leave_pool()
+        return None
+
+    def _leave_pool(self) -> None:
+        """After a capture that failed: some torches go on to allocate in its pool then, and no other graph could.
+
+        pytorch/pytorch#180395.
+        """
+        with suppress(RuntimeError):  # it has ended
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+        self._pool = torch.cuda.graph_pool_handle()
 
 
 def shape_of(inputs: Inputs) -> Shape:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -102,20 +103,29 @@ class QuietStep:
         self._device = device
         self._as_graph = as_graph
         self._present: set[int] = set()
-        self._run: Callable[[Mapping[str, Tensor]], None] = self._step
+        self._whole: Callable[[Mapping[str, Tensor]], None] | None = None
 
     def __call__(self, inputs: Mapping[int, Mapping[str, Tensor]]) -> None:
         """A step of the members whose inputs are given, see `inputs_of` and `inputs_of_texts`. Others may have left."""
         if self._as_graph and self._present != inputs.keys():
             # Every graph has a part of each member in it: when one has left, none is of use any more.
-            self._present, self._run = set(inputs), self._wholes()
-        self._run({f"{number}.{name}": tensor for number, own in inputs.items() for name, tensor in own.items()})
+            self._present, self._whole = set(inputs), self._launcher()
+        launch = self._whole or self._step
+        launch({f"{number}.{name}": tensor for number, own in inputs.items() for name, tensor in own.items()})
 
-    def _wholes(self) -> Callable[[Mapping[str, Tensor]], None]:
+    def _launcher(self) -> StepRecordings | StepGraphs:
+        """It does not keep this object: so its memory is free as soon as this is no longer used."""
+        method = WeakMethod(self._step)
+
+        def step(inputs: Mapping[str, Tensor]) -> None:
+            run = method()
+            assert run is not None
+            run(inputs)
+
         if self._device.type == "cpu":
-            return StepRecordings(self._step)
+            return StepRecordings(step)
         torch.cuda.synchronize(self._device)
-        return StepGraphs(self._step, self._device)
+        return StepGraphs(step, self._device)
 
     def _step(self, inputs: Mapping[str, Tensor]) -> None:
         by_index: dict[int, list[Share]] = {}
@@ -181,7 +191,8 @@ class QuietLoop:
         copier = Copier(member.device)
 
         def prepared() -> Iterator[tuple[list[Batch], Callable[[], dict[str, Tensor]]]]:
-            while micro_batches := list(islice(batches, accumulation)):
+            # Sorted, for each order of sizes would be a shape of its own to record; the sum is the same.
+            while micro_batches := sorted(islice(batches, accumulation), key=lambda batch: batch.latents.shape):
                 yield micro_batches, copier.start(inputs_of(micro_batches))
 
         self._prepared = Prefetcher(prepared())
@@ -239,10 +250,13 @@ class ResidentTexts:
     """Embeddings of captions that stay on the device, up to a size in all; the least recently used go first."""
 
     def __init__(self, get: Callable[[str], Mapping[str, Tensor]], device: torch.device, budget_bytes: int) -> None:
-        """get: a caption's tensors on the host, without a batch dimension (`TextCache.get`)."""
+        """get: a caption's tensors on the host, without a batch dimension (`TextCache.get`).
+
+        On a CPU nothing is kept here: they would be the ones that the cache itself keeps, or has let go.
+        """
         self._get = get
         self._device = device
-        self._free_bytes = budget_bytes
+        self._free_bytes = 0 if device.type == "cpu" else budget_bytes
         self._entries: dict[str, Mapping[str, Tensor]] = {}  # in the order of use
 
     def __call__(self, captions: Sequence[str]) -> Conditioning:

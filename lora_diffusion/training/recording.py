@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 # The first step makes what stays, as the optimiser's moments. Recording takes as long as two to four steps and gains
 # that within ten, so rare shapes are left alone.
 NUM_WARM_UPS = 2
-MAX_RECORDINGS = 64  # shapes beyond these stay eager
+MAX_OPERATIONS = 300_000  # of all recordings, which take 0.5 kB each; shapes beyond these stay eager
 
 
 class StepRecordings:
@@ -46,6 +46,11 @@ class StepRecordings:
     def num_recordings(self) -> int:
         return sum(recorded is not None for recorded in self._recorded.values())
 
+    @property
+    def num_operations(self) -> int:
+        """Of all recordings together."""
+        return sum(len(recorded.run) for recorded in self._recorded.values() if recorded is not None)
+
     def __call__(self, inputs: Inputs) -> None:
         shape = shape_of(inputs)
         recorded = self._recorded.get(shape)
@@ -54,14 +59,15 @@ class StepRecordings:
         elif self._should_record(shape):
             self._recorded[shape] = self._record(inputs)
         else:
-            self._num_calls[shape] = self._num_calls.get(shape, 0) + 1
+            if self.num_operations < MAX_OPERATIONS:
+                self._num_calls[shape] = self._num_calls.get(shape, 0) + 1
             self._step(inputs)
 
     def _should_record(self, shape: Shape) -> bool:
         return (
             shape not in self._recorded
             and self._num_calls.get(shape, 0) >= NUM_WARM_UPS
-            and self.num_recordings < MAX_RECORDINGS
+            and self.num_operations < MAX_OPERATIONS
         )
 
     def _record(self, inputs: Inputs) -> _Recorded | None:
@@ -80,7 +86,7 @@ class StepRecordings:
 @dataclass(frozen=True)
 class _Recorded:
     inputs: dict[str, Tensor]
-    run: Callable[[], None]
+    run: _Replay
 
     def replay(self, inputs: Inputs) -> None:
         with torch.inference_mode():
@@ -231,6 +237,10 @@ class _Replay:
         for call in calls:
             self._add_call(call)
         self._operations = self._with_ends()
+        del self._places, self._wholes, self._made  # for building only; half as much memory again
+
+    def __len__(self) -> int:
+        return len(self._operations)
 
     def __call__(self) -> None:
         values = self._values

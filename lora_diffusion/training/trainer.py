@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 _HEARTBEAT_EVERY_S = 2.0
 _STEPS_AHEAD = 4  # that are launched before their values are known; more would gain nothing
 _MAX_NOT_FINITE = 20  # steps in a row; halved so often, fp16's loss scale of 2**16 is below 1 and no longer the cause
-_RESIDENT_TEXT_BYTES = 2**30  # of embeddings on the device; 9,000 captions of SD 1.x in bfloat16
+_RESIDENT_TEXT_BYTES = 2**30  # of embeddings on a GPU; 4,500 captions of SD 1.x
 
 
 @dataclass

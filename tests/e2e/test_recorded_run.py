@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,27 @@ def test_so_it_is_for_a_sweep_also_when_a_member_has_left(
     for quiet, graph in zip(made["quiet"], made["graph"], strict=True):
         assert all(torch.equal(quiet[name], graph[name]) for name in quiet)
     assert len(recordings) == 2 and all(steps.num_recordings >= 1 for steps in recordings)  # of three, and of two
+
+
+def test_what_is_recorded_goes_with_the_last_step(
+    tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once: pictures are drawn next, and garbage is looked for at times of its own."""
+    made: list[weakref.ref[StepRecordings]] = []
+    init = StepRecordings.__init__
+
+    def watched(own: StepRecordings, *arguments: Any) -> None:
+        made.append(weakref.ref(own))
+        init(own, *arguments)
+
+    monkeypatch.setattr(StepRecordings, "__init__", watched)
+    trainer = make_trainer(tmp_path, tiny_sd1, "graph", {"run": RUN})
+    gc.disable()
+    try:
+        trainer.fit()
+        assert len(made) == 1 and made[0]() is None
+    finally:
+        gc.enable()
 
 
 def compare(base: Path, folder: Path, sections: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,14 @@ from tests.training_runs import ROOT, distance, draw_pictures, prepare, write_co
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
-TOLERANCES = {"fp32": 3e-3, "bf16": 5e-2}  # as in test_training.py: kernels that add in another order
+TOLERANCE = 3e-3  # in float32, as in test_training.py: kernels that add in another order
 
 
-@pytest.mark.parametrize("precision", TOLERANCES)
-def test_compiled_blocks_learn_the_same(device: torch.device, tmp_path: Path, precision: str) -> None:
+def test_compiled_blocks_learn_the_same(device: torch.device, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = draw_pictures(tmp_path / "pictures")
-    adapters = []
-    for compiles in (False, True):
-        folder = tmp_path / str(compiles)
+    adapters: dict[tuple[str, bool], dict[str, torch.Tensor]] = {}
+    for precision, compiles in product(("fp32", "bf16"), (False, True)):
+        folder = tmp_path / f"{precision}-{compiles}"
         folder.mkdir()
         trainer = prepare(
             write_config(
@@ -33,7 +33,11 @@ def test_compiled_blocks_learn_the_same(device: torch.device, tmp_path: Path, pr
             )
         )
         trainer.fit()
-        assert trainer.plan.launch == ("graph" if device.type == "cuda" else "eager")
-        adapters.append(load_file(folder / "run" / "test.safetensors"))
-    assert all(bool(tensor.isfinite().all()) for tensor in adapters[1].values())
-    assert distance(*adapters) < TOLERANCES[precision]
+        assert trainer.plan.launch == ("quiet" if compiles and device.type == "cpu" else "graph")
+        adapters[precision, compiles] = load_file(folder / "run" / "test.safetensors")
+
+    assert "without being compiled" not in caplog.text
+    plain = adapters["fp32", False]
+    assert distance(plain, adapters["fp32", True]) < TOLERANCE
+    # Compiled, values between operations are rounded less often: no farther from float32, but elsewhere.
+    assert distance(plain, adapters["bf16", True]) < 1.25 * distance(plain, adapters["bf16", False])

@@ -69,8 +69,9 @@ def kinds(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     found: list[int] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor], **options: Any) -> Callable[..., Any]:
+        compiled = aot_eager(graph, inputs, **options)
         found.append(len(graph.graph.nodes))
-        return aot_eager(graph, inputs, **options)
+        return compiled
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     dynamo.reset()
@@ -126,8 +127,9 @@ def test_what_steps_of_a_gpu_compute_together_is_compiled_as_well(processor: typ
     compile_blocks(model)
     for _ in range(2):
         found = step()
-        for name, tensor in expected.items():  # the same operations one by one
-            assert torch.equal(found[name], tensor), name
+        for name, tensor in expected.items():  # one rounding of bfloat16 of the largest, where sums change their order
+            atol = 2**-8 * float(tensor.abs().max())
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=atol, msg=name)
     assert len(kinds) == 2
 
 

@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_diffusion.training.graph import Inputs
-from lora_diffusion.training.recording import MAX_RECORDINGS, NUM_WARM_UPS, StepRecordings
+from lora_diffusion.training.recording import NUM_WARM_UPS, StepRecordings
 
 NUM_CALLS = NUM_WARM_UPS + 4  # of which one is recorded and three are replayed
 
@@ -126,17 +126,19 @@ def test_it_does_what_the_step_does(make: Callable[[], tuple[Tensor, Callable[[I
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
-def test_each_shape_has_a_recording_and_their_number_is_bounded() -> None:
+def test_each_shape_has_a_recording_until_they_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_diffusion.training.recording.MAX_OPERATIONS", 20)
     total, step = adds_up()
     steps = StepRecordings(step)
     expected = 0
-    for size in range(1, MAX_RECORDINGS + 3):
+    for size in range(1, 40):
         for _ in range(NUM_CALLS):
             steps({"x": torch.ones(size)})
             expected += size
 
     assert total.item() == expected
-    assert steps.num_recordings == MAX_RECORDINGS
+    each = steps.num_operations // steps.num_recordings
+    assert 20 <= steps.num_operations < 20 + each  # all of them are of one length
 
 
 def looks_at_a_value(inputs: Inputs) -> Tensor:
