@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from lora_diffusion.recipe import make_previewer, run_steps, step_as_launched
 from lora_diffusion.recipe_base import load_base, prepare_model
 from lora_diffusion.recipe_data import TrainingSet, latent_batch_size, read_training_set, token_counts
 from lora_diffusion.runs import RunFolder
-from lora_diffusion.training.estimate import StepEstimate, encoding_bytes, estimate_step
+from lora_diffusion.training.estimate import StepEstimate, encoding_bytes, estimate_step, estimate_validation
 from lora_diffusion.training.memory import PeakMemory
 from lora_diffusion.training.optimizers import check_optimizer
 
@@ -44,7 +45,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What a run would do. times in seconds, memory in bytes, `largest_crop_loss` a share of the area."""
+    """What a run would do. times in seconds, memory in bytes, `largest_crop_loss` a share of the area.
+
+    training_seconds: of all steps and validations. validation_seconds: of the latter.
+    """
 
     base: str
     family: str
@@ -69,6 +73,7 @@ class CheckReport:
     adapter_parameters: int
     seconds_per_step: float
     training_seconds: float
+    validation_seconds: float
     memory_bytes: int
     largest_batch: int
     memory_limit_bytes: int
@@ -130,6 +135,12 @@ def _check(config: TrainConfig, device: torch.device, track: Track) -> CheckRepo
         other_shapes=data.batches.shapes - {(data.largest, config.run.batch_size)},
         launch=step_as_launched(config, model, prepared, device),
     )
+    validation = 0.0
+    if data.validation:
+        rows = max(1, min(config.run.batch_size, step.largest_batch))
+        num_validations = math.ceil(steps / config.validation.every)  # the last step has one, too
+        per_picture = estimate_validation(model, data.largest, rows, text)
+        validation = per_picture * len(data.validation) * num_validations
     steps_per_epoch = data.batches.batches_per_epoch / config.run.gradient_accumulation
     return CheckReport(
         base=config.model.path,
@@ -154,7 +165,8 @@ def _check(config: TrainConfig, device: torch.device, track: Track) -> CheckRepo
         adapter_layers=len(adapters),
         adapter_parameters=_num_trained(adapters),
         seconds_per_step=step.seconds,
-        training_seconds=step.seconds * steps,
+        training_seconds=step.seconds * steps + validation,
+        validation_seconds=validation,
         memory_bytes=max(loading.bytes, encoding, step.memory_bytes),
         largest_batch=step.largest_batch,
         memory_limit_bytes=step.limit_bytes,
@@ -241,6 +253,7 @@ def render_report(report: CheckReport) -> None:
 
 def _rows(report: CheckReport) -> list[tuple[str, str]]:
     buckets = ", ".join(f"{size} ({count})" for size, count in report.buckets.items())
+    validation = f" ({_duration(report.validation_seconds)} of it for validation)" if report.validation_seconds else ""
     return [
         ("base", f"{report.base}: {report.family}, {report.prediction}-prediction"),
         ("pictures", f"{report.images} used, {report.images_left_out} left out, "
@@ -253,7 +266,8 @@ def _rows(report: CheckReport) -> list[tuple[str, str]]:
         ("run", f"{report.steps} steps = {report.epochs:.1f} epochs, {report.warmup_steps} of them warm-up, "
                 f"{report.effective_batch_size} pictures per step"),
         ("adapter", f"{report.adapter_layers} layers, {report.adapter_parameters:,} trained values"),
-        ("estimate", f"{report.seconds_per_step:.2f} s per step, {_duration(report.training_seconds)} in all, "
+        ("estimate", f"{report.seconds_per_step:.2f} s per step, "
+                     f"{_duration(report.training_seconds)} in all{validation}, "
                      f"{report.memory_bytes / 2**30:.1f} GB on {report.device} in {report.precision}"),
         ("largest batch", f"{report.largest_batch} would fit into the {report.memory_limit_bytes / 2**30:.1f} GB "
                           "that are free"),

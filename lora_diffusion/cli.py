@@ -11,6 +11,7 @@ from lora_diffusion import cli_captions, cli_files, cli_import, cli_merge, cli_q
 from lora_diffusion.cli_base import DebugOption, app, errors_as_messages
 from lora_diffusion.launch import end_quickly, lasting_imports, spin_briefly
 from lora_diffusion.progress import bar, silent
+from lora_diffusion.timesteps import max_denoising_steps
 
 if TYPE_CHECKING:
     from lora_diffusion.generation.request import Request
@@ -87,7 +88,7 @@ def generate(
     ] = None,
     negative: Annotated[str, typer.Option(help="What to keep out of the picture.")] = "",
     seed: Annotated[int, typer.Option(min=0, help="The first picture's seed; each further one adds 1.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, max=998, help="Denoising steps.")] = 25,
+    steps: Annotated[int, typer.Option(min=1, max=max_denoising_steps(), help="Denoising steps.")] = 25,
     cfg: Annotated[float, typer.Option(min=1.0, help="Guidance scale; 1 switches it off.")] = 7.0,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels; the model's own size if left out.")] = None,
     sampler: Annotated[str, typer.Option(help="For example ddim, euler, euler-a, dpm++2m-karras, unipc.")] = "ddim",

@@ -9,6 +9,7 @@ import typer
 
 from lora_diffusion.cli_base import DebugOption, app, errors_as_messages
 from lora_diffusion.progress import bar
+from lora_diffusion.timesteps import max_denoising_steps
 
 if TYPE_CHECKING:
     from lora_diffusion.generation.sheet import Axis
@@ -33,7 +34,7 @@ def grid(
     z: Annotated[str | None, typer.Option("--z", metavar="SETTING=VALUE,…", help="Sheets below one another.")] = None,
     negative: Annotated[str, typer.Option(help="What to keep out of the picture.")] = "",
     seed: Annotated[int, typer.Option(min=0, help="The same in all cells, unless it is an axis.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, max=998, help="Denoising steps.")] = 25,
+    steps: Annotated[int, typer.Option(min=1, max=max_denoising_steps(), help="Denoising steps.")] = 25,
     cfg: Annotated[float, typer.Option(min=1.0, help="Guidance scale; 1 switches it off.")] = 7.0,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels; the model's own size if left out.")] = None,
     sampler: Annotated[str, typer.Option(help="For example ddim, euler, euler-a, dpm++2m-karras, unipc.")] = "ddim",

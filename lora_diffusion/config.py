@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from lora_diffusion import config_file
 from lora_diffusion.config_checks import conflicts, ineffective
 from lora_diffusion.config_errors import ConfigError, KeyPath, Problem, explain, repaired
+from lora_diffusion.timesteps import NUM_TIMESTEPS, max_denoising_steps
 
 V = TypeVar("V")
 Auto = Literal["auto"]
@@ -23,7 +24,6 @@ WidthHeight = Annotated[tuple[Side, Side], Strict(False)]  # TOML has lists only
 Share = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 MAX_STEPS = 10_000_000
-NUM_TIMESTEPS = 1000  # of every Stable Diffusion noise schedule
 
 
 def _square(size: object) -> object:
@@ -312,7 +312,7 @@ class PreviewConfig(Section):
     """What the pictures should not show."""
     seed: Seed = 7
     """Seed of the first prompt's picture; the following ones count up."""
-    steps: int = Field(default=25, ge=1, le=NUM_TIMESTEPS - 2)  # as `Engine` draws
+    steps: int = Field(default=25, ge=1, le=max_denoising_steps())
     """Denoising steps per picture."""
     cfg: float = Field(default=7.0, ge=1, le=100)
     """How strictly to follow the prompt. 1: no guidance, twice as fast."""

@@ -1,7 +1,8 @@
 """Stands in for the training process in tests of the queue: the real files of a run, without a model.
 
 python fake_trainer.py CONFIG [--resume]. The seconds of a step are in the data set's path ("0.01"); a path "deaf" hangs
-in the third step and passes over signals, "broken" fails the start, and "nan" fails at the third step.
+in the third step and passes over signals, "broken" fails the start until such a folder is there, and "nan" fails at the
+third step.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def train(run: RunFolder, steps: int, name: str, how: str, resume: bool) -> None
 if __name__ == "__main__":
     config = tomllib.loads(Path(sys.argv[1]).read_text())
     how = config["dataset"][0]["path"]
-    if how == "broken":
+    if how == "broken" and not Path(how).is_dir():
         print("Error: data/broken is not a folder.", file=sys.stderr)
         sys.exit(2)
     if how == "deaf":

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lora_diffusion"
 
-FOUNDATION = {"errors", "files", "progress", "streams", "container", "ldm_names"}
+FOUNDATION = {"errors", "files", "progress", "streams", "container", "ldm_names", "timesteps"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "progress": set(),
@@ -21,7 +21,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "files": {"errors"},
     "container": {"errors"},
     "ldm_names": set(),
-    "config": {"errors"},
+    "timesteps": set(),
+    "config": {"errors", "timesteps"},
     "runs": {"config", "errors", "files"},
     "workspace": set(),
     "jobs": {"config", "runs", "workspace"} | FOUNDATION,

@@ -26,6 +26,7 @@ from lora_diffusion.generation.preview import LatentPreview
 from lora_diffusion.generation.request import Request, resolve_tags
 from lora_diffusion.generation.samplers import Scheduler, build_scheduler, sampler_named, takes_generator
 from lora_diffusion.models.base import Conditioning, DiffusionModel, size_numbers
+from lora_diffusion.timesteps import max_denoising_steps
 
 __all__ = ["Cancelled", "Engine", "Request"]
 
@@ -278,7 +279,7 @@ def _evaluation_mode(model: nn.Module) -> Generator[None]:
 
 
 def _check_numbers(request: Request, num_steps: int) -> None:
-    most = num_steps - 2  # with more, DPM++ and UniPC come to a timestep twice, or to one past the last
+    most = max_denoising_steps(num_steps)
     if not 1 <= request.steps <= most:
         raise UserError(f"steps is {request.steps}; it must be from 1 to {most}.")
     if not (math.isfinite(request.cfg) and request.cfg >= 1):

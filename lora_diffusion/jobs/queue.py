@@ -208,19 +208,6 @@ class Queue:
         """
         return any(entry.needs_runner for entry in self._store.entries()) and bool(self._start_runner(self.workspace))
 
-    def replace_config(self, id: int, toml: str) -> None:
-        """Other settings for a job that waits or ended; its run folder stays. Raises ConfigError."""
-        job = self._adopted(id)
-        self._check_training(job)
-        if job.status in ACTIVE:
-            raise QueueError(f"Job {id} is training: pause it first.")
-        run = self._store.entry(job.id).run
-        TrainConfig.parse(toml)
-        toml = _with_run_keys(toml, output=run)
-        config = TrainConfig.parse(toml)
-        write_text_atomically(config_file(self.workspace, job.id), toml)
-        self._store.change(job.id, name=config.run.name, steps=config.run.steps or 0)
-
     def forget(self, id: int) -> None:
         """Take a job off the list. Its run folder stays, and is listed again if it is trained again."""
         job = self._adopted(id)
@@ -248,7 +235,7 @@ class Queue:
         entry = self._store.entry(job.id)
         if job.status == "finished" and entry.steps <= job.step:
             self._check_training(job)
-            raise QueueError(f"Job {id} is finished. Give it more steps to continue it, or duplicate it.")
+            raise QueueError(f"Job {id} is finished. Duplicate it to train it again with other settings.")
         if job.status != "queued" and not (job.status in ACTIVE and entry.wanted == "run"):
             self._store.enqueue(job.id, first=first)
         self._start_runner(self.workspace)

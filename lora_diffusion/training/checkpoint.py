@@ -65,10 +65,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
         _publish(temporary, target)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
-            f"{target}: the checkpoint could not be written ({error}). Earlier checkpoints are untouched. "
-            "Free some space; a run that has ended goes on with --resume."
-        ) from error
+        raise CheckpointError(f"{target}: the checkpoint could not be written ({error}). {_remedy(folder)}") from error
     _rotate(folder, keep)
     return target
 
@@ -118,8 +115,14 @@ def _check_space(folder: Path, num_bytes: int) -> None:
     if free < num_bytes * _SPARE_FACTOR:
         raise CheckpointError(
             f"{folder}: the disk is full: a checkpoint needs {num_bytes / 1e6:.1f} MB, {free / 1e6:.1f} MB are free. "
-            "Earlier checkpoints are untouched. Free some space; a run that has ended goes on with --resume."
+            f"{_remedy(folder)}"
         )
+
+
+def _remedy(folder: Path) -> str:
+    if not checkpoint_folders(folder):
+        return "Free some space."
+    return "Earlier checkpoints are untouched. Free some space; a run that has ended goes on with --resume."
 
 
 def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from lora_diffusion.training import graph, recording
 from lora_diffusion.training.batches import Batch
 from lora_diffusion.training.memory import PeakMemory, is_out_of_memory, memory_limit
 from lora_diffusion.training.quiet_step import inputs_of, inputs_of_texts
+from lora_diffusion.training.validation import NUM_TIMESTEPS
 
 _QUICK_S = 2.0  # a step of one sample below this is followed by steps of the whole batch, which are timed
 _NUM_TIMED = 4  # the first ones also warm caches up
@@ -88,6 +90,20 @@ def estimate_step(
     return StepEstimate(seconds * accumulation, peak + moments, largest, limit)
 
 
+def estimate_validation(
+    model: DiffusionModel, size: tuple[int, int], rows: int, encode: Callable[[], Conditioning]
+) -> float:
+    """Seconds that validation takes for a picture of `size` px, `rows` timesteps at once at most.
+
+    Call it as `estimate_step`. It needs less memory than a step of as many rows: nothing is kept for a backward pass.
+    """
+    probe, rows = _Probe(model, size, encode), min(rows, NUM_TIMESTEPS)
+    seconds = probe.seconds_without_gradients(rows)
+    if seconds < _QUICK_S:  # the first one prepares kernels
+        seconds = min(seconds, probe.seconds_without_gradients(rows))
+    return seconds * math.ceil(NUM_TIMESTEPS / rows)
+
+
 def encoding_bytes(model: DiffusionModel, size: tuple[int, int], batch_size: int) -> int:
     """Peak memory while pictures of `size` (width, height) px are encoded, `batch_size` at once; measured on one."""
     device = model.vae.device  # the UNet may still wait elsewhere
@@ -125,6 +141,15 @@ class _Probe:
             self._wait()
             seconds = time.perf_counter() - started
         return seconds, memory.bytes
+
+    def seconds_without_gradients(self, batch_size: int) -> float:
+        """Of a forward pass alone."""
+        self._wait()
+        started = time.perf_counter()
+        with torch.no_grad():
+            self._predict(self._noisy.expand(batch_size, -1, -1, -1))
+        self._wait()
+        return time.perf_counter() - started
 
     def seconds_as_launched(self, launch: LaunchStep, batch_size: int) -> float:
         """Of a whole step, once what is replayed of it has been made."""

@@ -100,7 +100,7 @@ class JointTrainer:
         """Members that are over leave: all are saved before one draws its last pictures."""
         over = [(number, trainer) for number, trainer in self._now() if trainer.is_over()]
         with self._kept_on_error():
-            adapters = {number: self._alone(number, trainer.save_last) for number, trainer in over}
+            adapters = {number: self._alone(number, trainer.save_last, is_kept=False) for number, trainer in over}
             for number, trainer in over:
                 if adapter := adapters[number]:
                     self._alone(number, partial(self._end, number, trainer, adapter))

@@ -26,3 +26,7 @@ class Plan:
     launch: Launch = "eager"
     compiles: bool = False
     """Whether blocks are compiled when they are first computed: such a step takes minutes."""
+
+    def is_due(self, every: int, step: int) -> bool:
+        """Every `every` steps and at the last; never when `every` is 0."""
+        return every > 0 and (step % every == 0 or step == self.steps)

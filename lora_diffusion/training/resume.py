@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from lora_diffusion.errors import UserError
-from lora_diffusion.training.checkpoint import newest_checkpoint
+from lora_diffusion.training.checkpoint import Checkpoint, newest_checkpoint
+from lora_diffusion.training.optimizers import load_state
 from lora_diffusion.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -73,8 +74,17 @@ def resume_from_newest(trainer: Trainer, complete: Callable[[dict[str, Any]], di
         )
     for _, line in differences:
         logger.info("resuming with a changed setting: %s", line)
-    trainer.restore(checkpoint)
+    _restore(trainer, checkpoint)
     logger.info("resuming at step %d of %d", trainer.step, trainer.plan.steps)
+
+
+def _restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    """Settings of the optimiser stay those of the current config."""
+    trainer.exporter.load_tensors(checkpoint.adapter)
+    load_state(trainer.optimizer, checkpoint.optimizer)
+    if trainer.accelerator.scaler is not None and checkpoint.facts.get("scaler"):
+        trainer.accelerator.scaler.load_state_dict(checkpoint.facts["scaler"])
+    trainer.step = checkpoint.step
 
 
 def _harmless_keys(old: dict[str, Any], new: dict[str, Any]) -> set[str]:

@@ -88,16 +88,30 @@ def latest_per_step(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def not_finite(value: float, what: str, step: int, lr: float, batches: Sequence[Batch], checkpoints: Path) -> RunError:
-    """The error of the step after `step`, whose weights are saved: on which pictures it came, and what to change."""
+def not_finite(
+    value: float,
+    what: str,
+    step: int,
+    lr: float,
+    batches: Sequence[Batch],
+    checkpoints: Path,
+    unsaved: Exception | None = None,
+) -> RunError:
+    """The error of the step after `step`, whose weights are saved: on which pictures it came, and what to change.
+
+    unsaved: why they are not.
+    """
     pairs = [pair for batch in batches for pair in zip(batch.names, batch.captions, strict=True)]
     pictures = [f"{name} ({caption!r})" for name, caption in pairs]
-    kept = f"The weights of step {step} are in {checkpoints}. " if step else ""
+    kept = f"The weights of step {step} are in {checkpoints}. " if step and unsaved is None else ""
+    lost = ""
+    if unsaved is not None:
+        lost = f" The weights of step {step} cannot be saved: {str(unsaved) or type(unsaved).__name__}"
     return RunError(
         f"The {what} became {value} at step {step + 1} (learning rate {lr:.2e}) on {', '.join(pictures)}. "
         "Nothing of this step was saved. "
         f'{kept}Lower [optimizer] lr, use [run] precision = "bf16" or "fp32" instead of fp16, or look at these '
-        "pictures and captions."
+        f"pictures and captions.{lost}"
     )
 
 

@@ -25,7 +25,7 @@ from lora_diffusion.training.batches import Batch, BatchSource, LoadedBatches
 from lora_diffusion.training.checkpoint import Checkpoint, save_checkpoint
 from lora_diffusion.training.export import Exporter
 from lora_diffusion.training.heartbeat import kept_alive
-from lora_diffusion.training.optimizers import drop_ended_gradients, load_state, part_has_ended, set_learning_rate
+from lora_diffusion.training.optimizers import drop_ended_gradients, part_has_ended, set_learning_rate
 from lora_diffusion.training.plan import Plan
 from lora_diffusion.training.previews import Previewer
 from lora_diffusion.training.quiet_step import QuietLoop, QuietMember, QuietStep, ResidentTexts
@@ -77,6 +77,7 @@ class Trainer:
     _quiet_step: QuietStep | None = field(default=None, init=False)
     _seconds_per_step: float = field(default=0.0, init=False)
     _saved_step: int = field(default=-1, init=False)
+    _saved_after: Exception | None = field(default=None, init=False)
     _heartbeat: float = field(default=0.0, init=False)
     _num_owed: int = field(default=0, init=False)
     _num_not_finite: int = field(default=0, init=False)
@@ -169,7 +170,8 @@ class Trainer:
         loss = float(self.accelerator.reduce(total, "mean"))  # pyright: ignore[reportArgumentType]
         self._check_finite(loss, "loss", lr, micro_batches)
         drop_ended_gradients(self.optimizer, self.step)
-        grad_norm = self._clip_gradients()
+        limit = self.plan.max_grad_norm or math.inf  # 0 only measures
+        grad_norm = float(self.accelerator.clip_grad_norm_(self.parameters, limit) or 0.0)
         self._num_not_finite = 0 if math.isfinite(grad_norm) else self._num_not_finite + 1
         # The loss scaler of fp16 handles overflowing gradients itself: it skips the update and lowers the scale.
         if self.accelerator.scaler is None or self._num_not_finite > _MAX_NOT_FINITE:
@@ -270,17 +272,13 @@ class Trainer:
         with torch.no_grad():
             return self.loss.encode(tuple(captions))
 
-    def _clip_gradients(self) -> float:
-        """Norm of all gradients before clipping; `max_grad_norm` 0 only measures."""
-        limit = self.plan.max_grad_norm or math.inf
-        return float(self.accelerator.clip_grad_norm_(self.parameters, limit) or 0.0)
-
     def _check_finite(self, value: float, what: str, lr: float, micro_batches: Sequence[Batch]) -> None:
         if math.isfinite(value):
             return
         # The update has not been made: the weights are those of the last good step.
-        self._save_checkpoint()
-        raise not_finite(value, what, self.step, lr, micro_batches, self.run.checkpoints)
+        unsaved = self._save_or_error()
+        self._saved_after = not_finite(value, what, self.step, lr, micro_batches, self.run.checkpoints, unsaved)
+        raise self._saved_after
 
     # Between steps
 
@@ -290,7 +288,7 @@ class Trainer:
         self._log(self.step, values | self._validate())
 
     def _is_to_validate(self) -> bool:
-        return self.validator is not None and _is_due(self.step, self.plan.validate_every, self.plan.steps)
+        return self.validator is not None and self.plan.is_due(self.plan.validate_every, self.step)
 
     def _validate(self) -> dict[str, float]:
         if self.validator is None or not self._is_to_validate():
@@ -302,7 +300,7 @@ class Trainer:
 
     def _log(self, step: int, values: dict[str, float]) -> None:
         """A line of metrics.jsonl where one is due, and what the terminal shows."""
-        is_logged = "val_loss" in values or _is_due(step, self.plan.log_every, self.plan.steps)
+        is_logged = "val_loss" in values or self.plan.is_due(self.plan.log_every, step)
         if is_logged and self.accelerator.is_main_process:
             epoch = round(step * self.plan.accumulation / self.source.batches.batches_per_epoch, 3)
             line = {"step": step, "epoch": epoch} | values | {"seconds": round(self._seconds_per_step, 4)}
@@ -312,13 +310,13 @@ class Trainer:
 
     def save_if_due(self) -> None:
         self._beat()
-        if self.step < self.plan.steps and _is_due(self.step, self.plan.save_every, self.plan.steps):
+        if self.step < self.plan.steps and self.plan.is_due(self.plan.save_every, self.step):
             self._save()
 
     def do_what_is_due(self) -> None:
         """Draw previews, obey control files: what is due is saved before. After the last step `draw_last` does this."""
         if self.step < self.plan.steps:
-            if _is_due(self.step, self.plan.preview_every, self.plan.steps):
+            if self.plan.is_due(self.plan.preview_every, self.step):
                 self._draw_previews()
             self._obey_control_files()
 
@@ -374,14 +372,6 @@ class Trainer:
         facts = self.facts | {"scaler": scaler.state_dict() if scaler is not None else None}
         return Checkpoint(self.step, self.exporter.tensors(), self.optimizer.state_dict(), facts)
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Continue where `checkpoint` was made. Settings of the optimiser stay those of the current config."""
-        self.exporter.load_tensors(checkpoint.adapter)
-        load_state(self.optimizer, checkpoint.optimizer)
-        if self.accelerator.scaler is not None and checkpoint.facts.get("scaler"):
-            self.accelerator.scaler.load_state_dict(checkpoint.facts["scaler"])
-        self.step = checkpoint.step
-
     def _save_checkpoint(self) -> None:
         self._settle()
         if self.accelerator.is_main_process:
@@ -410,14 +400,21 @@ class Trainer:
             raise
 
     def save_after(self, error: Exception) -> None:
-        """Save what was learned before `error`, which an error of the saving must not hide."""
+        """Save what was learned before `error`, once, which an error of the saving must not hide."""
+        if error is self._saved_after:
+            return  # on its way out of blocks within blocks
+        self._saved_after = error
+        if unsaved := self._save_or_error():
+            logger.warning("%s after step %d; what was learned before cannot be saved: %s", error, self.step, unsaved)
+        elif self.step:
+            logger.info("%s after step %d, whose weights are saved.", type(error).__name__, self.step)
+
+    def _save_or_error(self) -> Exception | None:
         try:
             self._save_checkpoint()
-        except Exception as second:
-            logger.warning("%s after step %d; what was learned before cannot be saved: %s", error, self.step, second)
-        else:
-            if self.step:
-                logger.info("%s after step %d, whose weights are saved.", type(error).__name__, self.step)
+        except Exception as error:
+            return error
+        return None
 
     def finish(self) -> Path:
         """What comes after the last step that is made. Returns the adapter file."""
@@ -427,14 +424,23 @@ class Trainer:
         return adapter
 
     def save_last(self) -> Path:
-        """Save what was reached. A run that was stopped keeps its step in the file name and can be resumed."""
+        """Save what was reached. A run that was stopped keeps its step in the file name and can be resumed.
+
+        The adapter is what one trains for, and small: it comes first, on a disk that may not hold a checkpoint, too.
+        """
+        self._settle()  # a loss that is not finite takes the run back
         is_complete = self.step >= self.plan.steps
         adapter = self.run.adapter(self.name, None if is_complete else self.step)
         if n := self._num_not_finite:
             logger.warning("The last %d steps changed nothing: their gradients were not finite in fp16.", n)
-        self._save_checkpoint()
         if self.accelerator.is_main_process:
-            self.exporter.write(adapter, self.step)
+            with self.kept_on_error():
+                self.exporter.write(adapter, self.step)
+            self._tell_state()
+        try:
+            self._save_checkpoint()
+        except (OSError, RunError, UserError) as error:
+            raise RunError(f"{error} The adapter of step {self.step} is written: {adapter}.") from error
         return adapter
 
     def draw_last(self) -> None:
@@ -442,8 +448,3 @@ class Trainer:
         if self.step >= self.plan.steps:
             self._draw_previews()
             self._obey_control_files()
-
-
-def _is_due(step: int, every: int, last: int) -> bool:
-    """Every `every` steps and at the last; never when `every` is 0."""
-    return every > 0 and (step % every == 0 or step == last)

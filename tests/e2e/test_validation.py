@@ -79,10 +79,12 @@ def test_in_a_sweep_it_costs_none_either_and_ends_one_member_only(
     tiny_sd1: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
     as_a_whole: bool,
     error: Exception,
     told: str,
 ) -> None:
+    caplog.set_level(logging.INFO, logger="lora_diffusion")
     measure = Validator.measure
 
     def failing(validator: Validator, *arguments: Any) -> float:
@@ -100,6 +102,7 @@ def test_in_a_sweep_it_costs_none_either_and_ends_one_member_only(
     assert [run.read_state().status for run in runs] == ["failed", "finished"]
     saved = [[path.name for path in checkpoint_folders(run.checkpoints)] for run in runs]
     assert saved == [["000002"], ["000004"]]
+    assert caplog.text.count(f"{type(error).__name__} after step 2, whose weights are saved.") == 1
 
 
 def test_it_computes_no_more_rows_at_once_than_a_step_and_measures_the_same(tiny_sd1: Path, tmp_path: Path) -> None:

@@ -14,8 +14,10 @@ from typer.testing import CliRunner, Result
 
 from lora_diffusion.cli import app
 from lora_diffusion.cli_base import errors_as_messages
+from lora_diffusion.config import PreviewConfig
 from lora_diffusion.errors import RunError, UserError
 from lora_diffusion.jobs.record import log_file
+from lora_diffusion.timesteps import max_denoising_steps
 
 
 def run(*arguments: str | Path) -> Result:
@@ -100,3 +102,14 @@ def test_where_pictures_go_is_checked_before_a_base_is_loaded(tmp_path: Path) ->
         result = run(*arguments)
         assert (result.exit_code, "no-base" in result.stderr) == (2, False)
         assert message in result.stderr
+
+
+@pytest.mark.parametrize("command", ["generate", "grid"])
+def test_steps_that_no_engine_draws_are_refused_before_anything_is_loaded(command: str, tmp_path: Path) -> None:
+    most = PreviewConfig(steps=max_denoising_steps()).steps
+    where = ("--out", tmp_path) if command == "generate" else ("--x", "cfg=1,7", "--out", tmp_path / "sheet.png")
+    arguments = (command, "--base", tmp_path / "none", "--prompt", "a cat", *where, "--steps")
+
+    refused, tried = run(*arguments, most + 1), run(*arguments, most)
+    assert refused.exit_code == 2 and "--steps" in refused.output and str(most) in refused.output
+    assert "--steps" not in tried.output and "none" in tried.output

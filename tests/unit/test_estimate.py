@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from lora_diffusion.config import TrainConfig
 from lora_diffusion.errors import UserError
 from lora_diffusion.models.checkpointing import checkpoint_blocks
 from lora_diffusion.models.heap import trim_heap
+from lora_diffusion.models.libraries import UNet2DConditionModel
 from lora_diffusion.models.load import load_model
 from lora_diffusion.streams import stream
 from lora_diffusion.training.estimate import _Probe, estimate_step
@@ -106,6 +108,36 @@ def test_time_told_is_of_the_launched_step_times_the_micro_batches(tiny_sd1: Pat
     assert weight.grad is None
     assert step.seconds >= 3 * 0.3
     assert len(calls) > NUM_WARM_UPS + 1 and set(calls) == {2}
+
+
+@pytest.mark.parametrize(
+    ("every", "num_validations"), [(0, 0), (4, 2), (6, 1), (7, 1)], ids=["none", "on the way", "at the end", "too late"]
+)
+def test_time_of_the_run_is_that_of_its_validations_too(
+    tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, num_validations: int
+) -> None:
+    """By a clock that goes on by one second in each pass of a step, by ten in each without gradients."""
+    now, forward = 0.0, UNet2DConditionModel.forward
+
+    def timed(*arguments: Any, **options: Any) -> Any:
+        nonlocal now
+        now += 1.0 if torch.is_grad_enabled() else 10.0
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", timed)
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    config = write_config(
+        tmp_path / "run.toml",
+        tiny_sd1,
+        draw_pictures(tmp_path / "pictures"),
+        run={"steps": 6, "batch_size": 3},
+        validation={"every": every, "fraction": 0.2},
+    )
+    report = check_run(TrainConfig.load(config, []))
+
+    validation = num_validations * 2 * 2 * 10.0  # of 2 of 10 pictures, whose 4 timesteps are 3 rows and 1
+    assert (report.seconds_per_step, report.validation_seconds) == (1.0, validation)
+    assert report.training_seconds == 6.0 + validation
 
 
 @pytest.mark.usefixtures("however_slow")

@@ -175,7 +175,7 @@ def test_a_job_whose_state_was_deleted_resumes_where_it_was(work: Bench) -> None
 
 
 def test_a_stopped_job_is_not_taken_up_again_by_itself(work: Bench) -> None:
-    id = work.queue.add(toml(steps=500)).id
+    id = work.queue.add(toml(steps=100)).id
     work.work_until_step(id, 3)
     work.queue.stop(id)
     work.work_until(id, "stopped")
@@ -183,10 +183,8 @@ def test_a_stopped_job_is_not_taken_up_again_by_itself(work: Bench) -> None:
         work.runner.turn()
 
     assert work.queue.job(id).status == "stopped"
-    work.queue.replace_config(id, work.queue.config(id).replace("500", "30"))
     work.queue.retry(id)
-    assert work.queue.job(id).steps == 30
-    assert work.work_until(id, "finished").step == 30
+    assert work.work_until(id, "finished").step == 100
 
 
 def test_a_job_that_waits_can_be_paused(work: Bench) -> None:
@@ -255,7 +253,7 @@ def test_a_failed_run_tells_why_and_is_not_tried_again_by_itself(work: Bench) ->
     assert [work.queue.job(id).status for id in (broken, nan)] == ["failed", "failed"]
     assert [error and error.message for error in errors] == ["data/broken is not a folder.", "the loss is nan"]
     assert [entry.attempt for entry in Store(work.queue.workspace.queue).entries()] == [1, 1]
-    work.queue.replace_config(broken, work.queue.config(broken).replace("broken", "0.01"))
+    (work.queue.workspace.root / "broken").mkdir()
     work.queue.retry(broken)
     assert work.work_until(broken, "finished").error is None
 
@@ -286,7 +284,7 @@ def test_what_cannot_be_done_is_refused_with_the_reason(work: Bench) -> None:
     id = work.queue.add(toml()).id
     work.work_until(id, "finished")
 
-    with pytest.raises(QueueError, match="is finished"):
+    with pytest.raises(QueueError, match=r"is finished\. Duplicate it"):
         work.queue.resume(id)
     with pytest.raises(QueueError, match="There is no job 99"):
         work.queue.pause(99)
@@ -441,5 +439,3 @@ def test_a_queue_of_an_earlier_version_is_read_with_its_runs(work: Bench, tmp_pa
     assert [(new.kind, new.position) for new in work.queue.jobs()] == [("train", 1), ("caption", 2)]
     with pytest.raises(QueueError, match="is no training"):
         work.queue.duplicate(captioning.id)
-    with pytest.raises(QueueError, match="is no training"):
-        work.queue.replace_config(captioning.id, toml())
