@@ -25,7 +25,7 @@ from lora_diffusion.models.libraries import UNet2DConditionModel
 from lora_diffusion.models.matmul_conv import multiply_convolutions
 from lora_diffusion.models.packed_conv import has_fast_bf16
 from lora_diffusion.models.quantise import QuantiseKind, check_quantise, quantise_linears
-from lora_diffusion.models.schedules import evidence_of_scheduler, resolve_scheduler
+from lora_diffusion.models.schedules import check_scheduler_class, evidence_of_scheduler, resolve_scheduler
 from lora_diffusion.models.single_file import checkpoint_schedule, read_checkpoint
 from lora_diffusion.progress import Track, silent
 
@@ -77,6 +77,7 @@ def load_model(
         vae_dtype = _vae_dtype(dtype, torch.device(device))
     dtypes = Dtypes(dtype, vae_dtype)
     if source.is_dir():
+        check_scheduler_class(read_json(source / "model_index.json").get("scheduler"), "model_index.json")
         scheduler = read_json(source / "scheduler" / "scheduler_config.json")
         known = evidence_of_scheduler(scheduler)
     else:
