@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 
 HUB_FILES = ("model_index.json", "*/*.json", "tokenizer*/*")
 HUB_WEIGHTS = tuple(f"{part}/{weight_stem(part)}" for part in PARTS["sdxl"])  # the other families have fewer parts
-_WHOLE_ENDINGS, _HALF_ENDING = (".safetensors", "-*-of-*.safetensors"), ".fp16.safetensors"
+_WHOLE_ENDINGS = (".safetensors", "-*-of-*.safetensors")
+_HALF_ENDINGS = (".fp16.safetensors", ".fp16-*-of-*.safetensors")
 
 
 def load_model(
@@ -153,10 +154,11 @@ def _hub_model(repo: str) -> Path:
     patterns = (*HUB_FILES, *(f"{stem}{ending}" for stem in HUB_WEIGHTS for ending in _WHOLE_ENDINGS))
     folder = hub_folder(repo, patterns)
     halves = [
-        f"{stem}{_HALF_ENDING}"
+        f"{stem}{half}"
         for stem in HUB_WEIGHTS
         if (folder / stem).parent.is_dir()
-        and not any(any(folder.glob(f"{stem}{ending}")) for ending in (*_WHOLE_ENDINGS, _HALF_ENDING))
+        and not any(any(folder.glob(f"{stem}{ending}")) for ending in (*_WHOLE_ENDINGS, *_HALF_ENDINGS))
+        for half in _HALF_ENDINGS
     ]
     return hub_folder(repo, (*patterns, *halves)) if halves else folder
 
