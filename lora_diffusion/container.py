@@ -24,6 +24,12 @@ PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x0
 BITS = {"BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64}
 BITS |= {"F16": 16, "BF16": 16, "F32": 32, "F64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "C64": 64}
 
+_WEIGHT_ENDINGS = (
+    *(".safetensors", ".safetensors.index.json"),
+    *(".fp16.safetensors", ".safetensors.index.fp16.json", ".safetensors.fp16.index.json"),
+)
+"""What follows the stem in names of weight files and of indexes of shards; diffusers no longer writes the last."""
+
 _SCALED_FP8 = ("scaled_fp8", "scale_weight", "weight_scale", "comfy_quant")
 """How the names of tensors end that ComfyUI's older and newer files of scaled weights have beside the weights."""
 
@@ -79,13 +85,13 @@ def weight_stem(part: str) -> str:
 def weight_files(folder: Path, stem: str) -> list[Path]:
     """The safetensors files of one component of a diffusers folder, in the order in which diffusers looks for them.
 
-    They are one whole file, or the shards that its index names, or one in half precision if that is all there is.
+    They are one whole file, or the shards that its index names, or those in half precision if that is all there is.
     Raises ContainerError if there are only pickles, nothing at all, or an index that names a file outside the folder.
     """
-    for name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{stem}.fp16.safetensors"):
-        path = folder / name
+    for ending in _WEIGHT_ENDINGS:
+        path = folder / f"{stem}{ending}"
         if path.exists():
-            return _shards(path) if name.endswith(".json") else [path]
+            return _shards(path) if ending.endswith(".json") else [path]
     pickles = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLE_SUFFIXES)
     if pickles:
         raise ContainerError(

@@ -57,6 +57,7 @@ class Engine:
         self.batch_size = batch_size
         self._loaded = LoadedAdapters(model)
         self._lock = threading.Lock()  # the model's adapters belong to one drawing at a time
+        self._home: torch.device | None = None  # where the model belongs, while it makes way
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -83,6 +84,14 @@ class Engine:
         """Take the adapter out of memory; with the last one gone, the model is bit for bit as it was."""
         with self._lock:
             self._loaded.unload(name)
+
+    def make_way(self) -> None:
+        """Move model and adapters off the device, for others to use its memory; the next drawing brings them back."""
+        with self._lock:
+            home = self._home or self._device
+            if home.type != "cpu":
+                self._home = home
+                self._move(torch.device("cpu"))
 
     def complete(self, request: Request) -> Request:
         """The request as it will be drawn: tags moved from the prompt to the adapters, the size filled in.
@@ -116,6 +125,7 @@ class Engine:
         """
         images: dict[int, Image.Image] = {}
         with self._lock, torch.no_grad(), _evaluation_mode(self.model):
+            self._come_back()
             batches = self._batches([self.complete(request) for request in requests])
             progress = _Progress(sum(len(batch.scheduler.timesteps) for batch in batches), on_step, on_preview)
             try:
@@ -139,6 +149,15 @@ class Engine:
     @property
     def _device(self) -> torch.device:
         return self.model.unet.device
+
+    def _come_back(self) -> None:
+        if self._home is not None:
+            self._move(self._home)
+            self._home = None
+
+    def _move(self, device: torch.device) -> None:
+        nn.Module.to(self.model, device)
+        self._loaded.to(device)
 
     def _batches(self, requests: Sequence[Request]) -> list[_Batch]:
         """Requests that can share UNet evaluations, at most `batch_size` together."""

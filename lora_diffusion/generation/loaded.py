@@ -71,6 +71,12 @@ class LoadedAdapters:
         if not self._loaded:
             self._eject()
 
+    def to(self, device: torch.device) -> None:
+        """Move the adapters' weights, which are in no stack, with the layers they are for."""
+        for loaded in self._loaded.values():
+            for adapter in loaded.adapters.values():
+                adapter.to(device)
+
     def use(self, requests: Sequence[Request]) -> None:
         """From now on image i of a batch sees the adapters of request i."""
         names = tuple(dict.fromkeys(name for request in requests for name in request.adapters))

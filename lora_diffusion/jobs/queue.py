@@ -18,6 +18,7 @@ from lora_diffusion.config import TrainConfig
 from lora_diffusion.config_captions import CaptionOrder
 from lora_diffusion.files import write_text_atomically
 from lora_diffusion.jobs.condition import ACTIVE, Condition, JobStatus, condition_of, condition_of_run
+from lora_diffusion.jobs.hold import hold_after, release
 from lora_diffusion.jobs.launch import ensure_runner
 from lora_diffusion.jobs.places import caption_folder, config_file, output_file
 from lora_diffusion.jobs.store import Entry, Kind, QueueError, Store, Wanted
@@ -200,6 +201,13 @@ class Queue:
         """Give a waiting job a position, from 1."""
         self._store.move(self.job(id).id, position)
         self._start_runner(self.workspace)
+
+    def hold_new(self) -> None:
+        """Let jobs that are added from now on wait until `release_new`, or until this process ends."""
+        hold_after(self.workspace, max((entry.id for entry in self._store.entries()), default=0))
+
+    def release_new(self) -> None:
+        release(self.workspace)
 
     def keep_going(self) -> bool:
         """Start the process that works through the queue if there is work and it is gone: killed, or the machine was.

@@ -21,6 +21,7 @@ from lora_diffusion.errors import UserError
 from lora_diffusion.files import write_bytes_atomically
 from lora_diffusion.jobs.condition import is_launcher_alive
 from lora_diffusion.jobs.device_lock import DEVICE, VARIABLE
+from lora_diffusion.jobs.hold import last_free
 from lora_diffusion.jobs.launch import COMMANDS, Command
 from lora_diffusion.jobs.places import config_file, output_file, runner_log
 from lora_diffusion.jobs.processes import (
@@ -136,7 +137,7 @@ class Runner:
     # Starting
 
     def _launch_next(self) -> bool:
-        entry = self._store.take_next()
+        entry = self._store.take_next(last_free(self.workspace))
         if entry is None:
             return False
         state = self._state(entry)

@@ -177,10 +177,12 @@ class Store:
             order.insert(max(position, 1) - 1, id)
             db.executemany("UPDATE jobs SET place = ? WHERE id = ?", [(place, id) for place, id in enumerate(order)])
 
-    def take_next(self) -> Entry | None:
-        """The first that waits, which no longer waits: whoever gets it starts it."""
+    def take_next(self, last: int | None = None) -> Entry | None:
+        """The first that waits, which no longer waits: whoever gets it starts it. last: the greatest id it may have."""
         with self._transaction() as db:
-            row = db.execute("SELECT id FROM jobs WHERE waiting = 1 ORDER BY place, id LIMIT 1").fetchone()
+            row = db.execute(
+                "SELECT id FROM jobs WHERE waiting = 1 AND id <= coalesce(?, id) ORDER BY place, id LIMIT 1", (last,)
+            ).fetchone()
             if row is None:
                 return None
             now = time.time()

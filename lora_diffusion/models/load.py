@@ -25,7 +25,7 @@ from lora_diffusion.models.libraries import UNet2DConditionModel
 from lora_diffusion.models.matmul_conv import multiply_convolutions
 from lora_diffusion.models.packed_conv import has_fast_bf16
 from lora_diffusion.models.quantise import QuantiseKind, check_quantise, quantise_linears
-from lora_diffusion.models.schedules import evidence_of_scheduler, resolve_scheduler
+from lora_diffusion.models.schedules import check_scheduler_class, evidence_of_scheduler, resolve_scheduler
 from lora_diffusion.models.single_file import checkpoint_schedule, read_checkpoint
 from lora_diffusion.progress import Track, silent
 
@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 
 HUB_FILES = ("model_index.json", "*/*.json", "tokenizer*/*")
 HUB_WEIGHTS = tuple(f"{part}/{weight_stem(part)}" for part in PARTS["sdxl"])  # the other families have fewer parts
-_WHOLE_ENDINGS, _HALF_ENDING = (".safetensors", "-*-of-*.safetensors"), ".fp16.safetensors"
+_WHOLE_ENDINGS = (".safetensors", "-*-of-*.safetensors")
+_HALF_ENDINGS = (".fp16.safetensors", ".fp16-*-of-*.safetensors")
 
 
 def load_model(
@@ -77,6 +78,7 @@ def load_model(
         vae_dtype = _vae_dtype(dtype, torch.device(device))
     dtypes = Dtypes(dtype, vae_dtype)
     if source.is_dir():
+        check_scheduler_class(read_json(source / "model_index.json").get("scheduler"), "model_index.json")
         scheduler = read_json(source / "scheduler" / "scheduler_config.json")
         known = evidence_of_scheduler(scheduler)
     else:
@@ -152,10 +154,11 @@ def _hub_model(repo: str) -> Path:
     patterns = (*HUB_FILES, *(f"{stem}{ending}" for stem in HUB_WEIGHTS for ending in _WHOLE_ENDINGS))
     folder = hub_folder(repo, patterns)
     halves = [
-        f"{stem}{_HALF_ENDING}"
+        f"{stem}{half}"
         for stem in HUB_WEIGHTS
         if (folder / stem).parent.is_dir()
-        and not any(any(folder.glob(f"{stem}{ending}")) for ending in (*_WHOLE_ENDINGS, _HALF_ENDING))
+        and not any(any(folder.glob(f"{stem}{ending}")) for ending in (*_WHOLE_ENDINGS, *_HALF_ENDINGS))
+        for half in _HALF_ENDINGS
     ]
     return hub_folder(repo, (*patterns, *halves)) if halves else folder
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,7 +22,7 @@ OTHER_NOISE = (
 )
 """What is said of a base that predicts neither noise nor velocity, after the place that shows it."""
 
-_OTHER_SCHEDULERS = ("EDM", "FlowMatch")  # in the names of diffusers' classes
+_OTHER_SCHEDULERS = re.compile(r"\w*(EDM|FlowMatch)\w*")  # names of diffusers' classes
 
 _DIFFUSERS_TYPES = {ours: theirs for theirs, ours in TYPES.items()}
 
@@ -57,14 +58,13 @@ def evidence_of_scheduler(config: Mapping[str, Any]) -> ScheduleEvidence:
 
     Raises ModelError for what this version does not train.
     """
-    scheduler = str(config.get("_class_name", ""))
-    if any(name in scheduler for name in _OTHER_SCHEDULERS):
+    check_scheduler_class(config.get("_class_name"), "scheduler_config.json")
+    if config.get("use_flow_sigmas"):
         raise ModelError(
-            f"scheduler_config.json names the scheduler {scheduler}: {OTHER_NOISE} If the file is wrong, correct it "
-            "there."
+            f"scheduler_config.json has use_flow_sigmas = true: {OTHER_NOISE} If the file is wrong, correct it there."
         )
     named, rescaled = config.get("prediction_type"), config.get("rescale_betas_zero_snr")
-    if named is not None and named not in TYPES:
+    if named is not None and named not in tuple(TYPES):
         raise ModelError(
             f"scheduler_config.json has prediction_type {named!r}; this version trains {' and '.join(TYPES)}. "
             "If the file is wrong, correct it there."
@@ -75,6 +75,17 @@ def evidence_of_scheduler(config: Mapping[str, Any]) -> ScheduleEvidence:
         zero_terminal_snr=None if rescaled is None else bool(rescaled),
         zero_terminal_snr_fact=f"scheduler_config.json says rescale_betas_zero_snr = {str(rescaled).lower()}",
     )
+
+
+def check_scheduler_class(named: object, file: str) -> None:
+    """Raises ModelError if the scheduler that `file` names is of a noise process that this version does not train.
+
+    named: the class's name, or library and class as in model_index.json.
+    """
+    if other := _OTHER_SCHEDULERS.search(str(named)):
+        raise ModelError(
+            f"{file} names the scheduler {other[0]}: {OTHER_NOISE} If the file is wrong, correct it there."
+        )
 
 
 def resolve_scheduler(

@@ -18,7 +18,7 @@ from lora_diffusion.models.builtin_configs import PADDING, builtin_configs
 from lora_diffusion.models.components import PARTS, Components, Dtypes, empty_module, read_json
 from lora_diffusion.models.errors import ModelError
 from lora_diffusion.models.libraries import CLIPTokenizer
-from lora_diffusion.models.schedules import OTHER_NOISE, ScheduleEvidence, evidence_of_scheduler
+from lora_diffusion.models.schedules import OTHER_NOISE, TYPES, ScheduleEvidence, evidence_of_scheduler
 from lora_diffusion.models.tokenizers import find_tokenizer, read_tokenizer
 from lora_diffusion.models.weights import Stored, TensorFile, fill, misfits
 from lora_diffusion.progress import Track, silent
@@ -114,7 +114,13 @@ def _evidence_of_header(file: TensorFile, family: str) -> ScheduleEvidence:
     prediction, fact = None, ""
     if V_MARKER in tensors:
         prediction, fact = "v", f"the file has the marker {V_MARKER!r}"
-    elif (named := metadata.get("modelspec.prediction_type")) in _PREDICTIONS:
+    elif named := metadata.get("modelspec.prediction_type"):
+        if named not in _PREDICTIONS:
+            raise ModelError(
+                f"{file.path}: its metadata says modelspec.prediction_type {named[:100]}; this version trains "
+                f"{' and '.join(TYPES)}. Give a base that was made with one of them; if the metadata is wrong, correct "
+                "it there."
+            )
         prediction, fact = _PREDICTIONS[named], f"the file's metadata says modelspec.prediction_type {named}"
     elif "v2-768-v" in (named := metadata.get("modelspec.architecture", "")):
         prediction, fact = "v", f"the file's metadata says modelspec.architecture {named}"

@@ -70,16 +70,20 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         last_work = last_pause = time.monotonic()
-        is_cache_full = was_asked = False
+        is_cache_full = was_asked = has_made_way = False
         while not self._stopping.is_set():
             if not self._book.wait(_POLL_S):
                 last_pause = time.monotonic()
                 is_idle = last_pause - last_work > self._idle_s
                 # Who has started an engine while another has the device is about to ask.
-                if self._when_idle and (is_idle or (was_asked and self._device.is_held_by_another())):
+                is_taken = was_asked and self._device.is_held_by_another()
+                if self._when_idle and (is_idle or is_taken):
                     self._when_idle()
                     return
-                if is_cache_full and is_idle:
+                if is_taken and not has_made_way:
+                    self._make_way()
+                    is_cache_full, has_made_way = False, True
+                elif is_cache_full and is_idle:
                     _free_cache()
                     is_cache_full = False
                 continue
@@ -89,18 +93,28 @@ class Worker(threading.Thread):
                 last_pause = time.monotonic()
             try:
                 with self._device.held():
-                    self.waiting_for = ""
+                    self.waiting_for, has_made_way = "", False
                     self._draw(self._book.take(self._engine.batch_size, self._key))
                     is_cache_full, last_work = True, time.monotonic()
             except DeviceBusy as busy:
-                if is_cache_full:
-                    _free_cache()
-                    is_cache_full = False
                 self.waiting_for = str(busy)
+                if not has_made_way:
+                    self._make_way()
+                    is_cache_full, has_made_way = False, True
                 self._stopping.wait(_POLL_S)
             except Exception:  # a fault of ours or a full disk must not end the engine, nor keep it busy
                 logger.exception("the engine thread went on after an unexpected error")
                 self._stopping.wait(_POLL_S)
+
+    def _make_way(self) -> None:
+        """Leave the device's memory to the process that has the device now. The next picture brings the base back."""
+        try:
+            self._engine.make_way()
+        except (RuntimeError, MemoryError) as error:  # the next picture brings back what has left
+            logger.warning(
+                "the base stays beside another process on the device: there is no room elsewhere (%s)", error
+            )
+        _free_cache()
 
     def _draw(self, units: Sequence[Unit]) -> None:
         """Draw together; if that fails, each alone, so that one client's mistake is not another's."""

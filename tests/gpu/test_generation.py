@@ -127,6 +127,22 @@ def test_a_cancelled_drawing_gives_its_memory_back_and_the_next_is_as_ever(devic
     assert difference(again, expected).max() == 0
 
 
+def test_an_engine_that_makes_way_holds_nothing_on_the_device_and_draws_the_same_afterwards(
+    device: torch.device,
+) -> None:
+    start = allocated(device)
+    engine = shipped_engine(device)
+    requests = [replace(REQUEST, adapters=adapters) for adapters in ({"ink": 1.0}, {"neon": 0.7})]
+    expected = engine.generate(requests)
+    engine.make_way()
+    engine.make_way()
+    assert allocated(device) == start
+    assert engine.model.unet.device.type == "cpu"
+    for picture, before in zip(engine.generate(requests), expected, strict=True):
+        assert difference(picture, before).max() == 0
+    assert engine.model.unet.device.type == device.type
+
+
 def test_adapters_used_longest_ago_leave_the_device(device: torch.device, tiny_sd1: Path, tmp_path: Path) -> None:
     model = load_model(tiny_sd1)
     for seed, name in enumerate(("a", "b", "c")):

@@ -391,6 +391,26 @@ def test_what_waits_leaves_the_device_to_the_drawing_and_then_goes_on_in_its_ord
     assert waiting == [first, failed, last]
 
 
+@pytest.mark.parametrize("is_again", [False, True], ids=["", "paused again"])
+def test_what_is_added_while_a_run_is_paused_to_draw_waits_until_all_is_drawn(
+    busy: Site, work: Bench, engine: GreyEngine, is_again: bool
+) -> None:
+    added = work.queue.add(toml("added", steps=5000)).id
+    wait_for(lambda: not work.runner.turn(), 10)
+    assert work.queue.job(added).status == "queued"
+
+    if is_again:  # someone has let the run go on, and then wants the picture after all
+        work.queue.resume(1)
+        work.work_until_step(1, 3)
+        Shown(busy, T).act(clicked(act="pause"))
+        work.work_until(1, "paused")
+    draw_all(busy, engine)
+
+    assert [job.id for job in work.queue.jobs() if job.status == "queued"] == [1, added]
+    work.queue.pause(1)
+    work.work_until_step(added, 1)
+
+
 def test_a_run_is_not_left_paused_when_the_last_picture_was_done_meanwhile(
     site: Site, work: Bench, engine: GreyEngine
 ) -> None:

@@ -156,13 +156,68 @@ def test_half_precision_variant_is_used_when_it_is_the_only_one(folder: Path) ->
     assert torch.equal(load(folder).unet.conv_in.weight, half["conv_in.weight"].float())
 
 
+@pytest.fixture
+def sharded_halves(folder: Path) -> Path:
+    """A base whose UNet and text encoder are shards in half precision, as diffusers and transformers write them."""
+    model = load(folder, dtype=torch.float16)
+    for part, module, size in (("unet", model.unet, "100KB"), ("text_encoder", model.text_encoder, "20KB")):
+        shutil.rmtree(folder / part)
+        module.save_pretrained(folder / part, variant="fp16", max_shard_size=size)
+        assert len(list((folder / part).glob("*.fp16-*-of-*.safetensors"))) > 2
+    return folder
+
+
+def test_shards_in_half_precision_are_used_when_they_are_all_there_is(folder: Path, sharded_halves: Path) -> None:
+    expected = load(make_tiny_sd1(folder.with_name("whole")))
+    found = load(sharded_halves)
+    for part in ("unet", "text_encoder"):
+        halves = {name: t.half().float() for name, t in getattr(expected, part).state_dict().items()}
+        assert same(getattr(found, part).state_dict(), halves)
+
+
+def test_shards_in_half_precision_under_the_older_name_of_their_index_are_used(sharded_halves: Path) -> None:
+    expected = load(sharded_halves).unet.state_dict()
+    index = sharded_halves / UNET_WEIGHTS.with_name(f"{UNET_WEIGHTS.name}.index.fp16.json")
+    index.rename(index.with_name(f"{UNET_WEIGHTS.name}.fp16.index.json"))
+    assert same(load(sharded_halves).unet.state_dict(), expected)
+
+
+def test_what_is_wrong_with_shards_in_half_precision_is_told_with_the_file(sharded_halves: Path) -> None:
+    index = sharded_halves / UNET_WEIGHTS.with_name(f"{UNET_WEIGHTS.name}.index.fp16.json")
+    shard = sorted(index.parent.glob("*.fp16-*-of-*.safetensors"))[1]
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
+    with pytest.raises(ContainerError, match=rf"{shard.name}: the tensors need"):
+        load(sharded_halves)
+    shard.unlink()
+    with pytest.raises(ContainerError, match=rf"{shard.name} is missing: one of \d+ shards"):
+        load(sharded_halves)
+    index.write_text("{")
+    with pytest.raises(ContainerError, match=rf"{index.name}: cannot be read as an index of shards"):
+        load(sharded_halves)
+
+
 def test_of_a_hub_repository_those_parts_are_had_in_half_precision_that_it_has_in_no_other(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for path in (folder / UNET_WEIGHTS, folder / VAE_WEIGHTS):
         shutil.copy(path, path.with_suffix(".fp16.safetensors"))
     (folder / UNET_WEIGHTS).unlink()
-    cache = tmp_path / "cache"
+    fetched = downloaded(folder, tmp_path / "cache", monkeypatch)
+    half_unet = UNET_WEIGHTS.with_suffix(".fp16.safetensors")
+    assert fetched == {half_unet.as_posix(), VAE_WEIGHTS.as_posix(), TEXT_WEIGHTS.as_posix()}
+
+
+def test_of_a_hub_repository_shards_in_half_precision_are_had_where_there_are_no_others(
+    sharded_halves: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched = downloaded(sharded_halves, tmp_path / "cache", monkeypatch)
+    assert fetched == {path.relative_to(sharded_halves).as_posix() for path in sharded_halves.rglob("*.safetensors")}
+    assert same(load(tmp_path / "cache").unet.state_dict(), load(sharded_halves).unet.state_dict())
+
+
+def downloaded(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The weight files that are fetched of a repository with the files of `folder`."""
 
     def download(repo: str, *, allow_patterns: list[str], **options: Any) -> str:
         """As `snapshot_download` does, from `folder`."""
@@ -174,9 +229,7 @@ def test_of_a_hub_repository_those_parts_are_had_in_half_precision_that_it_has_i
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert find("somewhere-near/half") == cache
-    weights = {path.relative_to(cache).as_posix() for path in cache.rglob("*.safetensors")}
-    half_unet = UNET_WEIGHTS.with_suffix(".fp16.safetensors")
-    assert weights == {half_unet.as_posix(), VAE_WEIGHTS.as_posix(), TEXT_WEIGHTS.as_posix()}
+    return {path.relative_to(cache).as_posix() for path in cache.rglob("*.safetensors")}
 
 
 def test_a_tokenizer_that_does_not_say_its_length_cuts_at_the_encoders(folder: Path) -> None:

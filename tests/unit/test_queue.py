@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sqlite3
+import subprocess
 import sys
 import threading
 import time
@@ -23,7 +24,7 @@ from lora_diffusion.jobs.queue import Queue, QueueError
 from lora_diffusion.jobs.store import Store
 from lora_diffusion.runs import RunFolder
 from lora_diffusion.workspace import Workspace
-from tests.queues import Bench, bench, toml, wait_for
+from tests.queues import ROOT, Bench, bench, toml, wait_for
 
 
 @pytest.fixture
@@ -385,6 +386,21 @@ def test_a_new_runner_takes_over_the_training_of_one_that_is_gone(work: Bench) -
         assert successor.process(id).pid == pid
         successor.queue.pause(id)
         successor.work_until(id, "paused")
+
+
+def test_new_jobs_are_held_back_for_as_long_as_the_process_lives_that_wants_it(work: Bench, tmp_path: Path) -> None:
+    holds = f"Queue(Workspace(Path({str(tmp_path)!r}))).hold_new(); print('held', flush=True); time.sleep(60)"
+    imports = "import time; from pathlib import Path; from lora_diffusion.jobs.queue import Queue"
+    code = f"{imports}; from lora_diffusion.workspace import Workspace; {holds}"
+    before = work.queue.add(toml("before")).id
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"held\n"
+        after = work.queue.add(toml("after")).id
+        work.work_until(before, "finished")
+        wait_for(lambda: not work.runner.turn())
+        assert work.queue.job(after).status == "queued"
+        process.kill()
+    work.work_until(after, "finished")
 
 
 def test_a_job_whose_runner_died_before_it_started_anything_is_started_by_the_next(work: Bench) -> None:

@@ -58,6 +58,38 @@ def test_a_scheduler_of_another_noise_process_is_refused(tmp_path: Path, schedul
         load_model(folder, prediction="v")
 
 
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        (
+            {"use_flow_sigmas": True},
+            r"has use_flow_sigmas = true: it learnt on another noise process .* correct it there",
+        ),
+        ({"prediction_type": "flow_prediction"}, r"has prediction_type 'flow_prediction'; .* correct it there"),
+        ({"prediction_type": "sample"}, r"has prediction_type 'sample'; this version trains epsilon and v_prediction"),
+        ({"prediction_type": ["epsilon"]}, r"has prediction_type \['epsilon'\]; this version trains epsilon"),
+    ],
+)
+def test_a_scheduler_file_that_asks_for_what_is_not_trained_is_refused(
+    tmp_path: Path, stored: dict[str, Any], message: str
+) -> None:
+    folder = make_tiny_sd2(tmp_path, prediction=None)
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | stored))
+    for prediction in ("auto", "epsilon", "v"):
+        with pytest.raises(ModelError, match=f"scheduler_config.json {message}"):
+            load_model(folder, prediction=prediction)
+
+
+def test_a_scheduler_of_another_noise_process_is_refused_where_only_the_index_names_it(tmp_path: Path) -> None:
+    folder = make_tiny_sd2(tmp_path, prediction=None)
+    index = folder / "model_index.json"
+    named = {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
+    index.write_text(json.dumps(json.loads(index.read_text()) | named))
+    with pytest.raises(ModelError, match=r"model_index.json names the scheduler FlowMatchEulerDiscreteScheduler: "):
+        load_model(folder)
+
+
 def test_evidence_is_completed_where_it_is_silent() -> None:
     marker = ScheduleEvidence("v", "a marker")
     both = marker.completed_by(evidence_of_scheduler({"prediction_type": "epsilon", "rescale_betas_zero_snr": True}))

@@ -23,6 +23,7 @@ from lora_diffusion.errors import UserError
 from lora_diffusion.generation.engine import Engine, Request
 from lora_diffusion.generation.infotext import read_parameters
 from lora_diffusion.generation.library import AdapterLibrary
+from lora_diffusion.jobs.device_lock import device_lock
 from lora_diffusion.models.base import DiffusionModel
 from lora_diffusion.models.load import load_model
 from lora_diffusion.serving import worker
@@ -102,10 +103,14 @@ class Running:
 
 
 class GatedEngine(Engine):
-    """Waits at each step until the gate is open, and remembers how large its batches were."""
+    """Waits at each step until the gate is open, and remembers how large its batches were and when it made way."""
 
     gate: threading.Event
     batches: list[int]
+    made_way: queue.Queue[None]
+
+    def make_way(self) -> None:
+        self.made_way.put(None)
 
     def generate(self, requests: Any, *, on_step: Any = None, on_preview: Any = None) -> list[Image.Image]:
         self.batches.append(len(requests))
@@ -128,7 +133,7 @@ def start(
     **limits: int,
 ) -> Running:
     engine = GatedEngine(model)
-    engine.gate, engine.batches = threading.Event(), []
+    engine.gate, engine.batches, engine.made_way = threading.Event(), [], queue.Queue()
     engine.gate.set()
     library = AdapterLibrary(engine, [folder], budget_bytes=2**30)
     book = OrderBook(**limits)
@@ -480,6 +485,47 @@ def test_an_engine_that_may_end_does_so_when_another_has_the_device_and_nothing_
         assert not ended.wait(0.2)
         with other.held():
             assert ended.wait(TIMEOUT_S)
+
+
+def test_the_base_makes_way_for_a_process_that_takes_the_device_between_two_batches(
+    model: DiffusionModel, solo: Engine, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "_LONGEST_HOLD_S", 0.0)
+    path = tmp_path / "cpu.lock"
+    server = start(model, solo, folder, lock=path)
+    engine = server.service.engine
+    assert isinstance(engine, GatedEngine)
+    with server.client:
+        orders = [server.order(size=[side, 32], adapters={"ink": 0.8}) for side in (32, 64)]
+        with device_lock(path, "a training"):
+            engine.made_way.get(timeout=TIMEOUT_S)
+            until = time.monotonic() + TIMEOUT_S
+            while not (last := server.client.get(orders[-1]["url"]).json())["message"] and time.monotonic() < until:
+                time.sleep(0.02)
+            assert last["message"].startswith("waiting for the device (a training, process ")
+            assert last["status"] == "queued"
+        pictures = [server.picture(server.done(order["url"])["images"][0]) for order in orders]
+    for picture, side in zip(pictures, (32, 64), strict=True):
+        assert np.array_equal(picture, server.draw_alone(replace(REQUEST, size=(side, 32), adapters={"ink": 0.8})))
+
+
+def test_the_base_makes_way_once_for_each_process_that_takes_the_device_while_nothing_is_drawn(
+    model: DiffusionModel, solo: Engine, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "_POLL_S", 0.01)
+    path = tmp_path / "cpu.lock"
+    server = start(model, solo, folder, lock=path)
+    engine = server.service.engine
+    assert isinstance(engine, GatedEngine)
+    with server.client:
+        for _ in range(2):
+            assert server.done(server.order()["url"])["status"] == "done"
+            with device_lock(path, "a training"):
+                engine.made_way.get(timeout=TIMEOUT_S)
+                order = server.order()
+                with pytest.raises(queue.Empty):
+                    engine.made_way.get(timeout=0.2)
+            assert server.done(order["url"])["status"] == "done"
 
 
 def test_freed_memory_is_given_back_once_after_some_time_without_work_and_when_another_has_the_device(

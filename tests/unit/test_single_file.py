@@ -244,6 +244,7 @@ def test_a_file_of_another_noise_process_is_refused(sdxl: Path, tmp_path: Path, 
         ({"modelspec.prediction_type": "v"}, "v"),
         ({"modelspec.prediction_type": "epsilon"}, "epsilon"),
         ({"modelspec.architecture": "stable-diffusion-v2-768-v"}, "v"),
+        ({"modelspec.prediction_type": ""}, "epsilon"),
         ({}, "epsilon"),
     ],
 )
@@ -253,6 +254,14 @@ def test_metadata_tells_the_prediction(sd2: Path, tmp_path: Path, metadata: dict
     model = load_model(path, configs=sd2)
     assert model.schedule.prediction == prediction
     assert model.base_model_version == ("sd_v2_v" if prediction == "v" else "sd_v2")
+
+
+@pytest.mark.parametrize("named", ["rectified_flow", "sample"])
+def test_metadata_that_names_another_prediction_is_refused(sd2: Path, tmp_path: Path, named: str) -> None:
+    path = make_single_file(sd2, tmp_path / "m.safetensors", metadata={"modelspec.prediction_type": named})
+    message = rf"m.safetensors: its metadata says modelspec.prediction_type {named}; this version trains epsilon and v"
+    with pytest.raises(ModelError, match=message):
+        load_model(path, configs=sd2)
 
 
 def change_probe(path: Path, spread: float) -> None:

@@ -47,14 +47,14 @@ class Studio:
     def pause_training(self) -> Job | None:
         """Pause the run that has the device until everything is drawn, and what waits, which would take its place.
 
-        Returns the former.
+        What is added meanwhile waits for the same. Returns the run.
         """
         with self._lock:
-            jobs = self.queue.jobs()
-            active = [job for job in jobs if job.status in ACTIVE]
-            waiting = [job for job in jobs if job.status == "queued"]
+            active = [job for job in self.queue.jobs() if job.status in ACTIVE]
             if not active:
                 return None
+            self.queue.hold_new()
+            waiting = [job for job in self.queue.jobs() if job.status == "queued"]
             self._write_paused([*self._read_paused(), *(job.id for job in (*active, *waiting))])
             for job in (*waiting, *active):  # what waits first: it starts as soon as the device is free
                 self.queue.pause(job.id)
@@ -65,15 +65,14 @@ class Studio:
     def resume_training(self) -> None:
         """Let the jobs go on that were paused to draw, in their order, unless someone has resumed or ended them."""
         with self._lock:
-            paused = self._read_paused()
-            if not paused:
-                return
-            try:
-                self.queue.resume_paused(paused)
-            except UserError as error:
-                logger.warning("Jobs that were paused to draw do not go on (%s): %s", _listed(paused), error)
-            else:
-                self._write_paused([])
+            if paused := self._read_paused():
+                try:
+                    self.queue.resume_paused(paused)
+                except UserError as error:
+                    logger.warning("Jobs that were paused to draw do not go on (%s): %s", _listed(paused), error)
+                else:
+                    self._write_paused([])
+            self.queue.release_new()
 
     def _read_paused(self) -> list[int]:
         try:
