@@ -17,7 +17,7 @@ from lora_diffusion.adapters.base import Adapter, Layer
 from lora_diffusion.adapters.fitting import layer_size
 from lora_diffusion.adapters.geometry import ALPHA, DORA_SCALE, DOWN, LOHA, LOKR, UP, Geometry, geometry_of
 from lora_diffusion.adapters.stack import AdapterStack
-from lora_diffusion.container import ContainerError, Header, read_header
+from lora_diffusion.container import ContainerError, Header, check_opens, read_header
 from lora_diffusion.errors import RunError
 from lora_diffusion.files import replacement_of
 from lora_diffusion.formats.families import made_for
@@ -168,6 +168,7 @@ class AdapterFile:
         """Raises RunError if the file that is to be at `path` does not hold `content`, or means something else."""
         try:
             header = read_header(temporary)
+            check_opens(temporary)
             if not content.is_in(temporary, header):
                 raise RunError(f"{path}: what was written reads back differently and was not kept. Check the disk.")
             again = AdapterFile._of(path, header, layout_of(path, header), content.tensors)
