@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from typing import Annotated, NoReturn
 
 import typer
@@ -54,6 +56,8 @@ def errors_as_messages(debug: bool) -> Iterator[None]:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     for library in ("TRANSFORMERS", "DIFFUSERS"):  # their notes are about parts of them that we do not use
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: a name it cannot show must not end a command
     try:
         yield
     except (UserError, RunError) as error:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from lora_diffusion.errors import UserError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
@@ -131,7 +133,7 @@ def with_metadata(data: bytes, metadata: Mapping[str, str]) -> bytes:
     start = 8 + int.from_bytes(data[:8], "little")
     entries = json.loads(data[8:start])
     entries.pop("__metadata__", None)
-    return _header_bytes(entries, metadata) + data[start:]
+    return header_of_entries(entries, metadata) + data[start:]
 
 
 def header_bytes(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
@@ -140,13 +142,37 @@ def header_bytes(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str])
         name: {"dtype": info.dtype, "shape": info.shape, "data_offsets": (info.begin, info.end)}
         for name, info in tensors.items()
     }
-    return _header_bytes(entries, metadata)
+    return header_of_entries(entries, metadata)
 
 
-def _header_bytes(entries: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:
-    header = json.dumps({"__metadata__": dict(sorted(metadata.items())), **entries}, separators=(",", ":")).encode()
+def header_of_entries(entries: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:
+    """As `header_bytes`, of a table of tensors as the file has it: name → dtype, shape and data_offsets."""
+    texts = {valid_text(key): valid_text(text) for key, text in sorted(metadata.items())}
+    header = json.dumps({"__metadata__": texts, **entries}, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # keeps the tensors aligned
     return len(header).to_bytes(8, "little") + header
+
+
+def valid_text(text: str) -> str:
+    """The text, with a backslash and a number for what is no Unicode: bytes of a file name that are not UTF-8.
+
+    Python's JSON lets them through; the safetensors library opens no file that has them in its header.
+    """
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def check_opens(path: Path) -> None:
+    """Raises ContainerError if the safetensors library, with which other programs read, cannot open the file.
+
+    Tells nothing of a path that is not UTF-8, which the library opens never, whatever the file holds.
+    """
+    if valid_text(str(path)) != str(path):
+        return
+    try:
+        with safe_open(path, framework="np"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ContainerError(f"{path}: the safetensors library cannot open it ({error}).") from error
 
 
 def _open_without_waiting(path: str, flags: int) -> int:

@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
+from safetensors import SafetensorError, deserialize
 from torch import Tensor, nn
 
 from lora_diffusion.adapters.base import Adapter, Layer
 from lora_diffusion.adapters.fitting import layer_size
 from lora_diffusion.adapters.geometry import ALPHA, DORA_SCALE, DOWN, LOHA, LOKR, UP, Geometry, geometry_of
 from lora_diffusion.adapters.stack import AdapterStack
-from lora_diffusion.container import ContainerError, Header, read_header
+from lora_diffusion.container import ContainerError, Header, check_opens, read_header
 from lora_diffusion.errors import RunError
 from lora_diffusion.files import replacement_of
 from lora_diffusion.formats.families import made_for
@@ -33,6 +32,13 @@ Modules = Mapping[str, Mapping[str, Tensor]]
 _EXACT = (ALPHA, DORA_SCALE, MAGNITUDES)
 """How the keys end of what is always written as float32: rounding it would change the whole of a layer, not just the
 change."""
+
+_DTYPES = {
+    **{"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64},
+    **{"I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64},
+    **{"U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64},
+}
+"""Of what is read; other tensors in a file may have dtypes that torch does not know."""
 
 
 class FilePart(Protocol):
@@ -51,8 +57,8 @@ class AdapterFile:
     modules: canonical module name (see `formats.names`) → part → tensor. What parts a module has depends on its kind:
     "lora_down.weight" (r, in[, k, k]) and "lora_up.weight" (out, r[, 1, 1]), or those of LoHa or LoKr; perhaps
     "dora_scale"; always "alpha", 0-d float32. family: "sd1", "sd2", "sdxl", or "" if nothing tells. format: the naming
-    it was read with. unread: keys that belong to no module. notes: what a user should know about a usable but odd
-    file. path: where it was read from.
+    it was read with. unread: keys that belong to no module, escaped. notes: what a user should know about a usable but
+    odd file. path: where it was read from.
     """
 
     modules: Modules
@@ -88,7 +94,7 @@ class AdapterFile:
         except ContainerError as error:
             raise AdapterFileError(str(error)) from error
         layout = layout_of(path, header)
-        return cls._of(path, header, layout, _read_tensors(path, header))
+        return cls._of(path, header, layout, _read_tensors(path, header, layout))
 
     @classmethod
     def _of(cls, path: Path, header: Header, layout: Layout, tensors: Mapping[str, Tensor]) -> AdapterFile:
@@ -104,7 +110,10 @@ class AdapterFile:
             parts = {part: tensors[key] for part, key in keys.items() if part != ALPHA}
             if layout.format == "peft" and DORA_SCALE in parts:
                 parts[DORA_SCALE] = parts[DORA_SCALE].reshape(magnitude_shape(tuple(parts[DORA_SCALE].shape)))
-            modules[name] = parts | {ALPHA: torch.tensor(alphas[name], dtype=torch.float32)}
+            alpha = torch.tensor(alphas[name], dtype=torch.float32)
+            if not layout.geometries[name].rank and not alpha.isfinite():
+                alpha = torch.tensor(1.0)  # of a LoKr without factors, where readers ignore it
+            modules[name] = parts | {ALPHA: alpha}
         _check_values(path, layout, modules)
         file = cls(modules, header.metadata, layout.format, layout.family, path, layout.unread)
         return cls(**{**vars(file), "notes": _notes(file)})
@@ -159,6 +168,7 @@ class AdapterFile:
         """Raises RunError if the file that is to be at `path` does not hold `content`, or means something else."""
         try:
             header = read_header(temporary)
+            check_opens(temporary)
             if not content.is_in(temporary, header):
                 raise RunError(f"{path}: what was written reads back differently and was not kept. Check the disk.")
             again = AdapterFile._of(path, header, layout_of(path, header), content.tensors)
@@ -256,15 +266,19 @@ class Attachment:
     unread: tuple[str, ...]
 
 
-def _read_tensors(path: Path, header: Header) -> dict[str, Tensor]:
-    """All tensors, in memory: a mapped file that is replaced later would change or crash a running process."""
+def _read_tensors(path: Path, header: Header, layout: Layout) -> dict[str, Tensor]:
+    """The modules' tensors, in memory: a mapped file that is replaced later would change or crash a running process."""
     try:
-        tensors = load(path.read_bytes())
+        stored = dict(deserialize(path.read_bytes()))
     except (OSError, SafetensorError) as error:
         raise AdapterFileError(f"{path}: cannot be read ({error}). Get the file again.") from error
-    if {key: tuple(tensor.shape) for key, tensor in tensors.items()} != {k: i.shape for k, i in header.tensors.items()}:
+    found = {key: (entry["dtype"], tuple(entry["shape"])) for key, entry in stored.items()}
+    if found != {key: (info.dtype, info.shape) for key, info in header.tensors.items()}:
         raise AdapterFileError(f"{path}: changed while it was being read. Try again.")
-    return tensors
+    keys = [key for parts in layout.modules.values() for key in parts.values()]
+    return {
+        key: torch.frombuffer(stored[key]["data"], dtype=_DTYPES[found[key][0]]).reshape(found[key][1]) for key in keys
+    }
 
 
 def _check_values(path: Path, layout: Layout, modules: Modules) -> None:

@@ -18,7 +18,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_diffusion.container import PICKLE_SUFFIXES, Header, read_header, scaling_problem, weight_files, weight_stem
+from lora_diffusion.container import (
+    PICKLE_SUFFIXES,
+    Header,
+    header_of_entries,
+    read_header,
+    scaling_problem,
+    weight_files,
+    weight_stem,
+)
 from lora_diffusion.errors import RunError
 from lora_diffusion.files import CHUNK_BYTES, sync_folder
 from lora_diffusion.formats.checkpoint_layout import (
@@ -248,9 +256,7 @@ def _header_bytes(file: BufferedReader, header: Header, added: Mapping[str, str]
         return start
     entries = json.loads(start[8:])
     entries.pop("__metadata__", None)
-    text = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # keeps the tensors aligned
-    return len(text).to_bytes(8, "little") + text
+    return header_of_entries(entries, metadata)
 
 
 def _read_tensor(file: BufferedReader, begin: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -21,6 +21,8 @@ from lora_diffusion.formats.positional import POSITIONAL_KEY, place_of_positiona
 Format = Literal["kohya", "peft"]
 """What can be written."""
 FLOATS = ("F16", "BF16", "F32", "F64")
+INTEGERS = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")
+"""What an alpha may be as well: diffusers' converter to kohya files writes the rank as an int64."""
 
 _PLAIN_NAME = re.compile(r"[\w.:<>* -]{1,300}", re.ASCII)
 _KOHYA_KEY = re.compile(r"((?:lora_(?:unet|te|te1|te2)|lycoris)_\w+)\.([\w.]+)", re.ASCII)
@@ -55,6 +57,7 @@ class Layout:
 
     format: "kohya", "peft", or "positional" for the numbered files of 2022. family: "sd1", "sd2", "sdxl", or "" if
     neither tensors nor metadata tell. modules: canonical module name → part ("lora_down.weight", …) → key in the file.
+    unread: the other keys, escaped for messages, as they may hold anything.
     """
 
     format: str
@@ -67,9 +70,6 @@ class Layout:
 def layout_of(path: Path, header: Header) -> Layout:
     """The layout of an adapter file; AdapterFileError names the key and the reason if it is not one or inconsistent."""
     tensors = header.tensors
-    for key in tensors:
-        if not _PLAIN_NAME.fullmatch(key) or "__" in key or ".." in key:
-            raise AdapterFileError(f"{path}: {key[:80]!r} cannot be a tensor's name. The file is damaged or forged.")
     found, unread = _group(path, tensors, family_of_metadata(header.metadata) == "sdxl")
     if len(found) > 1:
         examples = [f"{_FORMAT_NAMES[it]} names ({_first_key(modules)})" for it, modules in found.items()]
@@ -83,7 +83,7 @@ def layout_of(path: Path, header: Header) -> Layout:
         name: _check_module(path, name, {part: tensors[key] for part, key in keys.items()}, format)
         for name, keys in modules.items()
     }
-    return Layout(format, _family(path, geometries, header.metadata), modules, geometries, tuple(unread))
+    return Layout(format, _family(path, geometries, header.metadata), modules, geometries, tuple(map(_shown, unread)))
 
 
 def _first_key(modules: Mapping[str, Mapping[str, str]]) -> str:
@@ -114,6 +114,8 @@ def _group(
     )
     for key in tensors:
         place = _place(key, two_encoders)
+        if place is not None or key.startswith(("lora_", "lycoris_")) or ".lora_" in key:
+            _check_name(path, key)
         if place is None and (_KOHYA_KEY.fullmatch(key) or ".lora_" in key or POSITIONAL_KEY.fullmatch(key)):
             raise _unknown_kind(path, key)
         if place is None:
@@ -126,8 +128,23 @@ def _group(
         parts[part] = key
     for key in unread:
         if _is_of_a_module(key, found, two_encoders):
+            _check_name(path, key)
             raise _unknown_kind(path, key)
     return found, unread
+
+
+def _check_name(path: Path, key: str) -> None:
+    """Refuses what no program calls a tensor of a module; other tensors, such as bundled embeddings, are named freely.
+
+    Only called for keys that are read, or that look as if they should be.
+    """
+    if not _PLAIN_NAME.fullmatch(key) or "__" in key or ".." in key:
+        raise AdapterFileError(f"{path}: {key[:80]!r} cannot be a tensor's name. The file is damaged or forged.")
+
+
+def _shown(key: str) -> str:
+    """A key for messages: without line breaks, control characters and letters that a terminal may lack."""
+    return key[:300].encode("unicode_escape").decode("ascii")[:300]
 
 
 def _is_of_a_module(key: str, found: Mapping[str, Mapping[str, object]], two_encoders: bool) -> bool:
@@ -162,12 +179,13 @@ def _what_it_is(tensors: Mapping[str, TensorInfo]) -> str:
             return f"it is {what}"
     if not tensors:
         return "it holds no tensors"
-    return f"none of its {len(tensors)} tensors is named like one (the first: {', '.join(list(tensors)[:3])[:200]})"
+    first = _shown(", ".join(list(tensors)[:3]))[:200]
+    return f"none of its {len(tensors)} tensors is named like one (the first: {first})"
 
 
 def _check_module(path: Path, name: str, parts: Mapping[str, TensorInfo], format: str) -> Geometry:
     for part, info in parts.items():
-        if info.dtype not in FLOATS:
+        if info.dtype not in (FLOATS + INTEGERS if part == ALPHA else FLOATS):
             raise AdapterFileError(
                 f"{path}: {name}.{part} is {info.dtype}; an adapter's weights are {', '.join(FLOATS)}."
             )

@@ -125,19 +125,33 @@ def from_peft_key(key: str, *, two_encoders: bool = False) -> tuple[str, str] | 
     two_encoders: the file is for a model with a `text_encoder_2`, so that `text_encoder` is `lora_te1`. None for any
     other key.
     """
-    key = _modern(key)
-    match = _PEFT_KEY.fullmatch(key)
+    place = _place_of_peft_key(key)
+    if place is None:
+        return None
+    component, path, tensor = place
+    prefix = {"unet": "lora_unet", "text_encoder": "lora_te1" if two_encoders else "lora_te"}.get(component, "lora_te2")
+    part = ALPHA if tensor == ALPHA else {"A": DOWN, "B": UP}.get(tensor.removeprefix("lora_")[0], DORA_SCALE)
+    return kohya_name(prefix, path), part
+
+
+def peft_module(key: str) -> tuple[str, str]:
+    """(component, dotted path below it) of a key that `from_peft_key` reads, also where no base has such a module."""
+    place = _place_of_peft_key(key)
+    if place is None:
+        raise ValueError(f"{key} is no key of a PEFT file")
+    return place[:2]
+
+
+def _place_of_peft_key(key: str) -> tuple[str, str, str] | None:
+    """(component, dotted path below it, how the key ends) of a tensor key of a PEFT or older diffusers file."""
+    match = _PEFT_KEY.fullmatch(_modern(key))
     if match is None:
         return None
     component, path, tensor = match.groups()
     component = component or _component_of(path)
     if component is None:
         return None
-    prefix = {"unet": "lora_unet", "text_encoder": "lora_te1" if two_encoders else "lora_te"}.get(component, "lora_te2")
-    if component != "unet":
-        path = with_text_model(path)
-    part = ALPHA if tensor == ALPHA else {"A": DOWN, "B": UP}.get(tensor.removeprefix("lora_")[0], DORA_SCALE)
-    return kohya_name(prefix, path), part
+    return component, path if component == "unet" else with_text_model(path), tensor
 
 
 def _component_of(path: str) -> str | None:

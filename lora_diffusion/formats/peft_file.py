@@ -15,7 +15,7 @@ from torch import Tensor
 from lora_diffusion.adapters.geometry import ALPHA, DORA_SCALE, DOWN, UP
 from lora_diffusion.adapters.lora import whole_down
 from lora_diffusion.formats.layout import AdapterFileError
-from lora_diffusion.formats.names import PEFT_PREFIXES, peft_name, split_kohya_name
+from lora_diffusion.formats.names import PEFT_PREFIXES, peft_module, peft_name
 
 MAGNITUDES = "lora_magnitude_vector"
 METADATA_KEY = "lora_adapter_metadata"
@@ -100,11 +100,11 @@ def peft_alphas(
     """
     if METADATA_KEY in metadata:
         config = _of_every_component(_parse(path, metadata[METADATA_KEY]))
-        return {name: _alpha(path, name, rank, config) for name, rank in ranks.items()}
-    if any(key.startswith(_PEFT_ROOT) for name in ranks for key in modules[name].values()):
+    elif any(key.startswith(_PEFT_ROOT) for name in ranks for key in modules[name].values()):
         config = _adapter_config(path)
-        return {name: _alpha(path, name, rank, config) for name, rank in ranks.items()}
-    return {name: float(rank) for name, rank in ranks.items()}
+    else:
+        return {name: float(rank) for name, rank in ranks.items()}
+    return {name: _alpha(path, name, next(iter(modules[name].values())), rank, config) for name, rank in ranks.items()}
 
 
 def _adapter_config(path: Path) -> dict[str, Any]:
@@ -140,9 +140,9 @@ def _parse(path: Path, text: str) -> dict[str, Any]:
     return config
 
 
-def _alpha(path: Path, name: str, rank: int, config: Mapping[str, Any]) -> float:
-    prefix, module = split_kohya_name(name)
-    component = PEFT_PREFIXES[prefix]
+def _alpha(path: Path, name: str, key: str, rank: int, config: Mapping[str, Any]) -> float:
+    """key: of any tensor of the module `name`."""
+    component, module = peft_module(key)
     claimed = _setting(path, config, component, module, "r", "rank_pattern")
     alpha = _setting(path, config, component, module, "lora_alpha", "alpha_pattern")
     if claimed != rank:

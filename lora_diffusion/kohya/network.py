@@ -14,6 +14,10 @@ LYCORIS_TARGETS = {
     "unet-transformer-only": "attention-mlp",
 }
 DEFAULT_RANK = 4  # of networks.lora and LyCORIS
+HIGHEST_RANK = 1024
+"""Of `adapter.rank`. A LoKr's larger factor is whole from half its longer side on, in LyCORIS as here."""
+_WHOLE_FACTOR = 5
+"""The lowest `factor` with which that is so for every layer: the widest, of 10240 channels, is then 2048 long."""
 _PLAIN = "a plain lora is trained"
 
 
@@ -29,7 +33,9 @@ def translate_network(ledger: Ledger) -> None:
     alpha = 1.0 if alpha is None else alpha or float(rank)
     ledger.put("adapter.alpha", alpha, "network_alpha", note=note)
     targets = _targets(ledger)
-    _patterns(ledger, rank, alpha, targets)
+    _patterns(ledger, kind, alpha, targets)
+    if kind == "lokr" and rank > HIGHEST_RANK:
+        _whole_factors(ledger, rank)
     if kind != "lokr":
         ledger.ignore(f"{NETWORK}factor", "is for lokr")
     elif ledger.is_on(f"{NETWORK}factor"):
@@ -44,6 +50,18 @@ def translate_network(ledger: Ledger) -> None:
         ledger.put("adapter.start_from", ledger.text("network_weights"), "network_weights")
     if ledger.is_on("scale_weight_norms"):
         ledger.put("adapter.max_norm", ledger.number("scale_weight_norms"), "scale_weight_norms")
+
+
+def _whole_factors(ledger: Ledger, rank: int) -> None:
+    """What a rank beyond any layer means in LyCORIS, where 100000 is usual: whole factors, and no alpha."""
+    whole = f"{rank} there; from {HIGHEST_RANK} on both factors are whole"
+    ledger.put("adapter.rank", HIGHEST_RANK, "network_dim", note=whole)
+    ledger.put("adapter.alpha", float(HIGHEST_RANK), "network_alpha", note="without effect on whole factors")
+    if 0 < (ledger.number(f"{NETWORK}factor") or 0) < _WHOLE_FACTOR:
+        ledger.differ(
+            f"network_dim: with a factor below {_WHOLE_FACTOR} the largest layers get factors of rank {HIGHEST_RANK}, "
+            "of more or whole ones there"
+        )
 
 
 def _kind(ledger: Ledger) -> str:
@@ -81,7 +99,7 @@ def _targets(ledger: Ledger) -> str:
     return targets
 
 
-def _patterns(ledger: Ledger, rank: int, alpha: float, targets: str) -> None:
+def _patterns(ledger: Ledger, kind: str, alpha: float, targets: str) -> None:
     """Ranks, alphas and learning rates of single blocks and of 3x3 convolutions. The first pattern found counts."""
     family = _family(ledger)
     entries: list[tuple[str, float, float]] = []
@@ -97,6 +115,8 @@ def _patterns(ledger: Ledger, rank: int, alpha: float, targets: str) -> None:
         conv_alpha = ledger.number(f"{NETWORK}conv_alpha")
         if conv_alpha is None:
             conv_alpha = alpha if is_lycoris else 1.0
+        if kind == "lokr" and conv_rank > HIGHEST_RANK:
+            conv_rank, conv_alpha = HIGHEST_RANK, float(HIGHEST_RANK)
         entries.append((CONVOLUTIONS, conv_rank, conv_alpha or float(conv_rank)))
     if family:
         no_convolutions = rf"(?!.*{CONVOLUTIONS})" if targets == "full" else ""

@@ -94,7 +94,10 @@ def _loha(parts: Mapping[str, Tensor]) -> Factors:
     halves = [
         _with_core(parts[f"hada_w{half}_a"], parts[f"hada_w{half}_b"], parts.get(f"hada_t{half}")) for half in "12"
     ]
-    return khatri_rao_factors(*halves[0], *halves[1])
+    (w1a, w1b), (w2a, w2b) = halves
+    if w1a.shape[1] * w2a.shape[1] > min(w1a.shape[0], w1b.shape[1]):  # the exact factors may be huge: rank² columns
+        return _trivial_factors((w1a @ w1b) * (w2a @ w2b))
+    return khatri_rao_factors(w1a, w1b, w2a, w2b)
 
 
 def _lokr(parts: Mapping[str, Tensor]) -> Factors:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_diffusion.adapters.geometry import ALPHA, Geometry
+from lora_diffusion.adapters.geometry import ALPHA, DORA_SCALE, Geometry
 from lora_diffusion.errors import UserError
 from lora_diffusion.formats.adapter_file import AdapterFile
 from lora_diffusion.formats.checkpoint_file import BaseWeights
@@ -299,7 +299,8 @@ def _delta(name: str, change: _Change, base: BaseWeights | None) -> Tensor:
 
 
 def _weights(parts: Mapping[str, Tensor]) -> list[Tensor]:
-    return [tensor for part, tensor in parts.items() if part != ALPHA]
+    """What is stored in the precision of the file; alpha and magnitudes are float32 in half-precision files too."""
+    return [tensor for part, tensor in parts.items() if part not in (ALPHA, DORA_SCALE)]
 
 
 def _record(adapters: Sequence[tuple[Path, float]], settings: MergeSettings, rank: int | None) -> dict[str, object]:

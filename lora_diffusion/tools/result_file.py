@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import lora_diffusion
+from lora_diffusion.container import valid_text
 from lora_diffusion.errors import UserError
 from lora_diffusion.formats.layout import Format
 from lora_diffusion.formats.metadata import IMPLEMENTATIONS
@@ -28,7 +29,7 @@ _ABOUT_BASE = (
 
 def model_name(path: Path) -> str:
     """What to call a file or folder in metadata: no folders above it, which are private."""
-    return path.resolve().name.removesuffix(".safetensors")
+    return valid_text(path.resolve().name.removesuffix(".safetensors"))
 
 
 def resolve_format(name: str) -> Format:

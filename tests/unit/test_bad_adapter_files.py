@@ -181,13 +181,14 @@ BAD_TENSORS: dict[str, tuple[Tensors, str]] = {
 }
 EVIL_KEYS = [
     "lora_unet___class__.lora_down.weight",
-    "__import__('os').system('touch canary')",
+    "__import__('os').system('touch canary').lora_down.weight",
     "../../etc/passwd.lora_down.weight",
     "lora_unet_../x.alpha",
-    "a" * 5000,
+    f"lora_unet_{'a' * 5000}.alpha",
     "lora_unet_x\n.alpha",
     "lora_unet_\N{CYRILLIC SMALL LETTER A}.alpha",
-    "",
+    "unet.\N{CYRILLIC SMALL LETTER A}.alpha",
+    f"{K}.diff\n",
 ]
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_diffusion.adapters.geometry import Geometry, geometry_of
 from lora_diffusion.adapters.kinds import adapter_from_tensors
@@ -59,6 +61,34 @@ def test_the_factors_multiply_to_the_change_that_the_adapter_makes(parts: Parts,
     assert up.shape[1] == down.shape[0] <= max(8 if isinstance(layer, nn.Linear) else 12, geometry(parts).rank)
     close((up.double() @ down.double()).float(), expected)
     close(delta_of(parts, geometry(parts)), expected)
+
+
+def test_a_loha_of_more_rank_than_its_layer_needs_no_more_memory_than_the_change() -> None:
+    """Rank 64 on 96 x 80: its exact factors would have 64 * 64 columns, 50 times as many as the layer."""
+    parts = loha(96, 80, 64)
+    exact = {part: tensor.double() for part, tensor in parts.items()}
+    expected = 3 / 64 * (exact["hada_w1_a"] @ exact["hada_w1_b"]) * (exact["hada_w2_a"] @ exact["hada_w2_b"])
+    sizes = _Sizes()
+    with sizes:
+        up, down = factors_of(parts, geometry(parts))
+
+    assert up.shape == (96, 80) and down.shape == (80, 80)
+    close((up.double() @ down.double()).float(), expected.float())
+    assert 0 < sizes.largest <= 96 * 80
+
+
+class _Sizes(TorchDispatchMode):
+    """Watches how many numbers the largest tensor has that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.largest = max(self.largest, result.numel())
+        return result
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -12,12 +12,15 @@ from typing import Any
 
 import pytest
 import tomlkit
+from torch import nn
 from typer.testing import CliRunner
 
 from lora_diffusion.adapters.inject import select_layers
+from lora_diffusion.adapters.lokr import LoKr
 from lora_diffusion.cli import app
 from lora_diffusion.config import TrainConfig
 from lora_diffusion.config_errors import OTHER_NAMES, ConfigError, sections
+from lora_diffusion.errors import UserError
 from lora_diffusion.kohya.blocks import NUM_BLOCKS, block_pattern, named_weights
 from lora_diffusion.kohya.gui import GUI_ROWS, KINDS
 from lora_diffusion.kohya.keys import NEEDS, TRANSLATED, WITHOUT_EFFECT, WITHOUT_EQUAL, by_name, spoken
@@ -218,6 +221,55 @@ def test_networks_of_lycoris(importing: Import, arguments: list[str], expected: 
     assert (config.adapter.kind, config.adapter.targets) == expected
     assert config.adapter.lokr_factor == (8 if expected[0] == "lokr" else None)
     assert imported.ledger.without_equal == {}
+
+
+LARGEST = 10240
+"""Channels of the widest layer of any family, the feed-forward's in the deepest blocks of SD 1.x, 2.x and SDXL."""
+
+
+@pytest.mark.parametrize("factor", [-1, 5, 16])
+def test_a_rank_of_lokr_beyond_any_layer_is_the_highest_and_leaves_both_factors_whole(
+    importing: Import, factor: int
+) -> None:
+    arguments = ["algo=lokr", f"factor={factor}", "conv_dim=100000", "conv_alpha=7"]
+    lokr = {
+        "network_module": "lycoris.kohya",
+        "network_args": arguments,
+        "network_dim": 100000,
+        "network_alpha": 100000,
+    }
+    imported, config = importing(lokr)
+
+    assert (config.adapter.rank, config.adapter.alpha) == (1024, 1024)
+    assert list(config.adapter.rank_pattern.values()) == list(config.adapter.alpha_pattern.values()) == [1024]
+    assert "rank = 1024  # network_dim: 100000 there; from 1024 on both factors are whole" in imported.text
+    assert not any("network_dim" in text for text in imported.ledger.differences)
+    layer = nn.Linear(1280, LARGEST, device="meta")
+    assert LoKr(layer, config.adapter.rank, 1.0, factor=factor).lokr_w2 is not None
+
+
+def test_a_lokr_of_whole_factors_with_short_convolutions_keeps_their_alpha(importing: Import) -> None:
+    arguments = ["algo=lokr", "conv_dim=8"]
+    lokr = {"network_module": "lycoris.kohya", "network_args": arguments, "network_dim": 100000, "network_alpha": 4}
+    _, config = importing(lokr)
+
+    assert list(config.adapter.rank_pattern.values()) == [8]
+    assert list(config.adapter.alpha_pattern.values()) == [4.0]
+
+
+def test_a_factor_with_which_the_highest_rank_is_too_low_for_whole_factors_is_told(importing: Import) -> None:
+    lokr = {"network_module": "lycoris.kohya", "network_args": ["algo=lokr", "factor=4"], "network_dim": 100000}
+    imported, config = importing(lokr)
+
+    assert (config.adapter.rank, config.adapter.alpha) == (1024, 1024)
+    assert any("with a factor below 5 the largest layers" in text for text in imported.ledger.differences)
+
+
+@pytest.mark.parametrize("algorithm", ["lora", "loha"])
+def test_a_rank_that_no_other_kind_has_is_an_error(importing: Import, algorithm: str) -> None:
+    lycoris = {"network_module": "lycoris.kohya", "network_args": [f"algo={algorithm}"], "network_dim": 100000}
+    with pytest.raises(UserError, match="1 to 1024"):
+        importing(lycoris)
 
 
 def test_what_lycoris_alone_has_is_told(importing: Import) -> None:

@@ -355,6 +355,16 @@ def dora(folder: Path, base: Path) -> tuple[Path, Tensor]:
     return path, adapter.delta().detach()
 
 
+def test_auto_precision_is_that_of_a_doras_factors_and_not_of_its_magnitudes(tmp_path: Path, tiny_sd1: Path) -> None:
+    path, _ = dora(tmp_path, tiny_sd1)
+    AdapterFile.read(path).write(tmp_path / "half.safetensors", dtype=torch.float16)
+    assert AdapterFile.read(tmp_path / "half.safetensors").modules[TINY_TO_Q]["dora_scale"].dtype == torch.float32
+    for name, precision in (("half", torch.float16), ("dora", torch.float32)):
+        inputs = [(tmp_path / f"{name}.safetensors", 1.0)]
+        _, report = merged(inputs, tmp_path / f"{name}_out.safetensors", method="svd", rank=2, base=tiny_sd1)
+        assert report.precision == precision
+
+
 def test_a_dora_merges_by_svd_with_the_change_it_makes_in_its_base(tmp_path: Path, tiny_sd1: Path) -> None:
     path, delta = dora(tmp_path, tiny_sd1)
     plain = {TINY_TO_Q: lora(*delta.shape, 2, alpha=1, seed=4)}
