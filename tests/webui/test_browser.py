@@ -6,12 +6,13 @@ import re
 import shutil
 import time
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lora_diffusion.container import with_metadata
 from lora_diffusion.jobs.queue import Queue
 from lora_diffusion.runs import Failure
 from lora_diffusion.workspace import Workspace
@@ -341,6 +342,44 @@ def test_the_mix_and_the_open_adapter_survive_a_reload(url: str, open_page: Page
     expect(page.locator("#adapters-prompt input, #adapters-prompt textarea").first).to_have_value("a long thought")
     expect(page.locator("#adapters-head code")).to_have_text("adapters/one.safetensors")
     open_page.forgive_lost_connections()  # of the adapter that was being measured when the page was left
+
+
+def test_what_is_typed_about_an_adapter_survives_a_reload(url: str, open_page: Pages, workspace: Workspace) -> None:
+    (workspace.root / "adapters").mkdir()
+    for name in ("one", "two"):
+        shutil.copy(INK, workspace.root / "adapters" / f"{name}.safetensors")
+    page = open_page(f"{url}/adapters")
+
+    def field(name: str) -> Any:
+        return page.locator(f"#adapters-{name} input, #adapters-{name} textarea").first
+
+    def shown(tab: str, values: Mapping[str, str]) -> None:
+        page.get_by_role("tab", name=tab).click(timeout=WAIT_MS)
+        for name, value in values.items():
+            expect(field(name)).to_have_value(value, timeout=WAIT_MS)
+
+    page.locator('.lora:has([data-name="one"])').click(timeout=WAIT_MS)
+    shown("Describe", {"edit-title": "ink"})
+    field("edit-title").fill("Half a title")
+    field("edit-description").fill("ink, and more")
+    shown("Convert", {"new-name": "one small"})
+    field("new-name").fill("one for others")
+    field("rank").fill("3")
+    field("format").click()
+    page.get_by_role("option", name="kohya").click()
+    page.goto(f"{url}/generate")
+    path = workspace.root / "adapters" / "one.safetensors"
+    path.write_bytes(with_metadata(path.read_bytes(), {"modelspec.title": "New", "modelspec.trigger_phrase": "inky"}))
+    page.goto(f"{url}/adapters")
+
+    expect(page.locator("#adapters-head code")).to_have_text("adapters/one.safetensors", timeout=WAIT_MS)
+    page.wait_for_timeout(1000)  # what the opened adapter sets off
+    shown("Describe", {"edit-title": "Half a title", "edit-description": "ink, and more", "edit-trigger": "inky"})
+    shown("Convert", {"new-name": "one for others", "format": "kohya", "rank": "3"})
+    page.locator('.lora:has([data-name="two"])').click(timeout=WAIT_MS)
+    shown("Describe", {"edit-title": "ink", "edit-description": ""})
+    shown("Convert", {"new-name": "two small", "format": "kohya"})
+    open_page.forgive_lost_connections()  # of the adapters that were being measured when a page was left
 
 
 def test_the_best_step_becomes_the_result(url: str, open_page: Open, workspace: Workspace) -> None:
