@@ -6,7 +6,7 @@ import re
 import shutil
 import time
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from lora_diffusion.container import with_metadata
 from lora_diffusion.jobs.queue import Queue
 from lora_diffusion.runs import Failure
 from lora_diffusion.workspace import Workspace
-from tests.webui.conftest import HOSTILE, Pages, make_run, wait_for
+from tests.grey_engine import GreyEngine, make_grey_site
+from tests.webui.conftest import HOSTILE, Pages, make_run, served, wait_for
+from webui.services.drawings import Desk
 
 expect = pytest.importorskip("playwright.sync_api").expect
 pytestmark = pytest.mark.browser
@@ -316,6 +318,39 @@ def test_a_prompt_that_was_not_drawn_survives_a_reload(url: str, open_page: Open
     expect(page.locator("#generate-grid-about")).to_contain_text("3 Bilder", timeout=WAIT_MS)
     page.goto(f"{url}/generate?adapter=adapters/ink.safetensors")
     expect(prompt).to_have_value("a long thought <lora:done:0.5> <lora:ink:1>", timeout=WAIT_MS)
+
+
+@pytest.fixture()
+def drawn_in_grey(tmp_path: Path) -> Iterator[tuple[str, Desk]]:
+    """The address of a server that draws nothing before it ends, and what was ordered there."""
+    engine = GreyEngine()
+    engine.gate.clear()
+    site = make_grey_site(tmp_path / "workspace", engine)
+    with served(site) as url:
+        yield url, site.studio.desk
+        engine.gate.set()
+
+
+def test_a_reloaded_tab_still_ends_what_it_ordered_and_nothing_else(
+    drawn_in_grey: tuple[str, Desk], open_page: Open
+) -> None:
+    url, desk = drawn_in_grey
+    other, page = open_page(f"{url}/generate"), open_page(f"{url}/generate")
+    for number, tab in enumerate((other, page), 1):
+        tab.locator("#generate-go").click(timeout=WAIT_MS)
+        wait_for(lambda number=number: len(desk.drawings()) == number)
+    page.reload()
+    page.locator("#generate-cancel").click(timeout=WAIT_MS)
+    expect(page.locator("#generate-said")).to_contain_text("Cancelled", timeout=WAIT_MS)
+    assert [drawing.phase for drawing in desk.drawings()] == ["cancelled", "drawing"]
+
+    page.reload()
+    page.locator("#generate-cancel").click(timeout=WAIT_MS)
+    expect(page.locator("#generate-said .bad")).to_be_visible(timeout=WAIT_MS)
+    assert len(desk.unfinished()) == 1
+    other.locator('[data-do="language"]').click()
+    other.get_by_role("button", name="Abbrechen", exact=True).click(timeout=WAIT_MS)
+    wait_for(lambda: not desk.unfinished())
 
 
 def test_the_mix_and_the_open_adapter_survive_a_reload(url: str, open_page: Pages, workspace: Workspace) -> None:
