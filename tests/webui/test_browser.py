@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import time
@@ -483,6 +484,28 @@ def test_a_data_set_is_trained_with_from_its_page(url: str, open_page: Open) -> 
     page.wait_for_url(re.compile(r"/de/\?dataset=data%2Fshapes"), timeout=WAIT_MS)
     expect(page.locator('[data-field="path"]').first).to_have_value("data/shapes", timeout=WAIT_MS)
     expect(page.locator("#train-toml-text")).to_contain_text('path = "data/shapes"', timeout=WAIT_MS)
+
+
+def test_a_data_set_shows_the_buckets_of_the_base_that_is_chosen_on_train(
+    url: str, open_page: Open, workspace: Workspace
+) -> None:
+    for part, widths in (("unet", [8, 8, 8]), ("vae", [8, 8, 8])):
+        (workspace.models / "small" / part).mkdir(parents=True)
+        (workspace.models / "small" / part / "config.json").write_text(json.dumps({"block_out_channels": widths}))
+    (workspace.models / "small" / "model_index.json").write_text("{}")
+    page = open_page(f"{url}/dataset?set=data/shapes")
+    about, step = page.locator("#dataset-step-about"), page.locator("#dataset-step")
+    expect(about).to_contain_text("SDXL 32 px", timeout=WAIT_MS)
+    expect(step).to_have_value("32")
+    page.goto(url)
+    fill(page, "model.path", "models/small")
+    expect(page.locator("#train-toml-text")).to_contain_text("models/small", timeout=WAIT_MS)
+    page.goto(f"{url}/dataset?set=data/shapes")
+
+    expect(about).to_contain_text("that of small", timeout=WAIT_MS)
+    expect(step).to_have_value("16")
+    step.select_option("8")
+    expect(about).to_contain_text("SDXL 32 px", timeout=WAIT_MS)
 
 
 def test_a_phone_starts_a_training_from_anywhere_in_the_form(url: str, open_page: Open) -> None:

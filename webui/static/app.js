@@ -98,6 +98,12 @@
     return collect();
   }
 
+  // The base that the form names, for pages that show what depends on it.
+  function chosenBase() {
+    try { return JSON.parse(ownOfTab(DRAFT) ?? stored(DRAFT)).values["model.path"] ?? ""; }
+    catch { return ""; }  // there is no draft yet
+  }
+
   // Gradio hands over its trigger when it has mounted the form; what was typed before is read when the page has loaded.
   function form(trigger) { send = trigger; }
 
@@ -430,5 +436,5 @@
   const tab = ownOfTab(TAB) ?? [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
   setOwnOfTab(TAB, tab);
 
-  window.loraDiffusion = { collect, draft, drawing, form, mixing, opened, tab: () => tab, ticked: () => JSON.stringify([...ticked]) };
+  window.loraDiffusion = { chosenBase, collect, draft, drawing, form, mixing, opened, tab: () => tab, ticked: () => JSON.stringify([...ticked]) };
 })();
