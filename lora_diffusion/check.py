@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ class CheckReport:
     """What a run would do. times in seconds, memory in bytes, `largest_crop_loss` a share of the area.
 
     training_seconds: of all steps and validations. validation_seconds: of the latter.
+    warnings: what was logged as such meanwhile.
     """
 
     base: str
@@ -78,6 +80,7 @@ class CheckReport:
     largest_batch: int
     memory_limit_bytes: int
     findings: tuple[Finding, ...]
+    warnings: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2)
@@ -89,8 +92,23 @@ def check_run(config: TrainConfig, track: Track = silent) -> CheckReport:
     Holds a GPU meanwhile, if whoever started this process wants that.
     """
     device = resolve_device(config.run.device)
-    with _alone_on(device):
-        return _check(config, device, track)
+    with _alone_on(device), _warnings_kept() as warnings:
+        report = _check(config, device, track)
+    return replace(report, warnings=tuple(dict.fromkeys(warnings)))
+
+
+@contextmanager
+def _warnings_kept() -> Iterator[list[str]]:
+    """What our modules warn of meanwhile; it is logged all the same."""
+    kept: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: kept.append(record.getMessage())
+    ours = logging.getLogger("lora_diffusion")
+    ours.addHandler(handler)
+    try:
+        yield kept
+    finally:
+        ours.removeHandler(handler)
 
 
 @contextmanager
@@ -241,13 +259,14 @@ def render_report(report: CheckReport) -> None:
     for label, value in _rows(report):
         table.add_row(label, value)
     console.print(table)
-    for finding in report.findings:
+    findings = [finding for finding in (Finding("warnings", report.warnings), *report.findings) if finding.items]
+    for finding in findings:
         console.print(f"\n[bold yellow]{len(finding.items)} × {finding.what}[/]")
         for item in finding.items[:_LISTED]:
             console.print(f"  {item}", markup=False, highlight=False)
         if len(finding.items) > _LISTED:
             console.print(f"  … and {len(finding.items) - _LISTED} more (--json lists all)")
-    if not report.findings:
+    if not findings:
         console.print("\n[green]Nothing to mend.[/]")
 
 

@@ -48,11 +48,6 @@ def make_grey_site(root: Path, engine: GreyEngine) -> Site:
     return site
 
 
-def opened_tab(name: str = "a tab") -> Any:
-    """What Gradio tells handlers of the page that an event comes from."""
-    return SimpleNamespace(session_hash=name)
-
-
 def clicked(**data: Any) -> Any:
     """What Gradio tells of a click."""
     return SimpleNamespace(_data=data)

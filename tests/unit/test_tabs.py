@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.grey_engine import VALUES, GreyEngine, clicked, make_grey_site, opened_tab
+from tests.grey_engine import VALUES, GreyEngine, clicked, make_grey_site
 from tests.queues import wait_for
 from webui.pages.adapters.mix import Mixing
 from webui.pages.generate.ordering import Orders
@@ -19,7 +19,7 @@ from webui.translate import Translator
 
 SAMPLES = Path(__file__).parents[2] / "samples" / "adapters"
 T = Translator("en")
-MINE, OTHER = opened_tab("mine"), opened_tab("other")
+MINE, OTHER = "mine", "other"
 MIX = ("<lora:ink:1> <lora:neon:1>", "concat", 0, "models/b")
 PICTURED = (*MIX, "a red house")
 

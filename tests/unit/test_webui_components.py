@@ -68,18 +68,39 @@ def test_a_captioning_on_the_page_of_runs_leads_to_its_data_set_and_is_stopped_t
     assert "data-tick" not in shown and "?copy=" not in shown
 
 
+NUMBERS = dict.fromkeys(
+    (
+        *("training_seconds", "memory_bytes", "images", "steps", "images_left_out", "images_for_validation"),
+        *("captions_missing", "captions_cut", "longest_caption_tokens", "largest_crop_loss", "epochs"),
+        *("adapter_layers", "adapter_parameters", "seconds_per_step"),
+    ),
+    1,
+)
+"""Of a report of the check."""
+
+
+def report_of_check(text: str, **lists: object) -> dict[str, object]:
+    """What `check --json` prints, with one text in all places; `lists` are its warnings and findings."""
+    texts = dict.fromkeys(("base", "family", "prediction", "device", "precision"), text)
+    return {**NUMBERS, **texts, "buckets": {text: 1}, **lists}
+
+
+@pytest.mark.parametrize(("language", "title"), [("en", "Warnings"), ("de", "Warnungen")])
+def test_what_a_check_warns_of_is_shown_open_and_does_not_count_as_nothing(language: str, title: str) -> None:
+    t = Translator(language)
+    silent = render_report(t, Preflight(report_of_check("x", warnings=[], findings=[])))
+    warned = render_report(t, Preflight(report_of_check("x", warnings=["70x70 is trained at 64x64."], findings=[])))
+
+    assert t("check.nothing") in silent and "<details" not in silent
+    assert t("check.nothing") not in warned
+    assert f'<details class="finding" open><summary><b>1</b> {title}</summary>' in warned
+    assert "<li>70x70 is trained at 64x64.</li>" in warned
+
+
 def test_texts_from_files_are_escaped_everywhere() -> None:
     fields = default_fields() | {"run.name": HOSTILE, "dataset.0.path": HOSTILE, "preview.prompts": HOSTILE}
     fields |= {"adapter.kind": HOSTILE, "adapter.targets": HOSTILE, "run.metadata": HOSTILE}
-    report = {"findings": [{"what": HOSTILE, "items": [HOSTILE]}], "buckets": {HOSTILE: 1}, "base": HOSTILE}
-    numbers = dict.fromkeys(
-        (
-            *("training_seconds", "memory_bytes", "images", "steps", "images_left_out", "images_for_validation"),
-            *("captions_missing", "captions_cut", "longest_caption_tokens", "largest_crop_loss", "epochs"),
-            *("adapter_layers", "adapter_parameters", "seconds_per_step"),
-        ),
-        1,
-    )
+    findings = [{"what": HOSTILE, "items": [HOSTILE]}]
     shown = [
         render_form(T, fields, Choices([HOSTILE], [HOSTILE], presets())),
         render_head(T, job(), HOSTILE, 0.0),
@@ -87,12 +108,7 @@ def test_texts_from_files_are_escaped_everywhere() -> None:
         render_matrix(T, [HOSTILE], [0], {(0, 0): HOSTILE}, [HOSTILE], None, frozenset()),
         render_problems(T, [(HOSTILE, HOSTILE)]),
         render_toml(T, HOSTILE, HOSTILE),
-        render_report(
-            T,
-            Preflight(
-                report | numbers | {"family": HOSTILE, "prediction": HOSTILE, "device": HOSTILE, "precision": HOSTILE}
-            ),
-        ),
+        render_report(T, Preflight(report_of_check(HOSTILE, warnings=[HOSTILE], findings=findings))),
         render_report(T, Preflight(None, HOSTILE)),
         render_chart([Line(HOSTILE, 1, [(1, 1.0)])], step_word=HOSTILE, label=HOSTILE),
         with_code(f"`{HOSTILE}`"),

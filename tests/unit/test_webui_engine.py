@@ -23,7 +23,7 @@ from lora_diffusion.jobs.device_lock import device_lock, holder_of
 from lora_diffusion.jobs.queue import Queue
 from lora_diffusion.runs import RunFolder
 from lora_diffusion.workspace import Workspace
-from tests.grey_engine import clicked, opened_tab
+from tests.grey_engine import clicked
 from tests.queues import wait_for
 from webui.pages.generate.results import Shown
 from webui.services import engine as module
@@ -99,15 +99,15 @@ def test_a_base_of_the_hub_is_named_to_the_engine_as_it_is(site: Site, commands:
 
 def test_the_page_shows_an_idle_engine_and_ends_it(site: Site, commands: list[list[str]]) -> None:
     shown = Shown(site, T)
-    assert 'data-act="free"' not in shown.draw(opened_tab())[0]
+    assert 'data-act="free"' not in shown.draw("a tab")[0]
     pid = ready(site, "models/my base.safetensors").pid
-    assert "my base is in memory" in shown.draw(opened_tab())[0]
+    assert "my base is in memory" in shown.draw("a tab")[0]
 
     said = shown.act(clicked(act="free"))
 
     assert "memory is free" in said
     assert not psutil.pid_exists(pid) and site.studio.engine.record() is None
-    assert 'data-act="free"' not in shown.draw(opened_tab())[0]
+    assert 'data-act="free"' not in shown.draw("a tab")[0]
 
 
 def test_an_engine_that_is_just_ending_is_followed_by_another(site: Site, commands: list[list[str]]) -> None:
@@ -161,7 +161,7 @@ def test_the_choices_are_shown_while_a_run_trains_and_need_no_engine(site: Site,
         run.begin(1, 9)
         desk.add("pictures", "models/b", [Request("a red house")])
         wait_for(lambda: desk.drawings()[0].phase == "in line")
-        shown = Shown(site, T).draw(opened_tab())[0]
+        shown = Shown(site, T).draw("a tab")[0]
         assert all(f'data-act="{act}"' in shown for act in ("live", "pause", "wait"))
 
         assert "ink draws it" in Shown(site, T).act(clicked(act="live"))

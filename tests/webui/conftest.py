@@ -9,8 +9,9 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from PIL import Image, ImageDraw
@@ -22,6 +23,9 @@ from lora_diffusion.jobs.runner import Runner
 from lora_diffusion.runs import Failure, RunFolder, RunState
 from lora_diffusion.workspace import Workspace
 from tests.webui.fake_trainer import fake_command
+
+if TYPE_CHECKING:
+    from webui.services.site import Site
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'><script>alert(2)</script>${alert(3)}{{alert(4)}}"
 QUESTIONS = "**/component_server/**"
@@ -128,17 +132,24 @@ def wait_for(is_so: Callable[[], bool], timeout_s: float = 30.0) -> None:
 @pytest.fixture()
 def url(workspace: Workspace, queue: Queue) -> Iterator[str]:
     """The address of a server of the workspace."""
+    from webui.services.site import make_site
+
+    with served(make_site(workspace.root, queue=queue)) as url:
+        yield url
+
+
+@contextmanager
+def served(site: Site) -> Iterator[str]:
+    """The address of a server of `site`, in a thread."""
     import uvicorn
 
     from webui.server import make_app
-    from webui.services.site import make_site
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    app = make_app(make_site(workspace.root, queue=queue))
     server = uvicorn.Server(
-        uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", timeout_graceful_shutdown=1)
+        uvicorn.Config(make_app(site), host="127.0.0.1", port=port, log_level="error", timeout_graceful_shutdown=1)
     )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

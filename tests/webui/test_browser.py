@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import time
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lora_diffusion.container import with_metadata
 from lora_diffusion.jobs.queue import Queue
 from lora_diffusion.runs import Failure
 from lora_diffusion.workspace import Workspace
-from tests.webui.conftest import HOSTILE, Pages, make_run, wait_for
+from tests.grey_engine import GreyEngine, make_grey_site
+from tests.webui.conftest import HOSTILE, Pages, make_run, served, wait_for
+from webui.services.drawings import Desk
 
 expect = pytest.importorskip("playwright.sync_api").expect
 pytestmark = pytest.mark.browser
@@ -317,6 +321,39 @@ def test_a_prompt_that_was_not_drawn_survives_a_reload(url: str, open_page: Open
     expect(prompt).to_have_value("a long thought <lora:done:0.5> <lora:ink:1>", timeout=WAIT_MS)
 
 
+@pytest.fixture()
+def drawn_in_grey(tmp_path: Path) -> Iterator[tuple[str, Desk]]:
+    """The address of a server that draws nothing before it ends, and what was ordered there."""
+    engine = GreyEngine()
+    engine.gate.clear()
+    site = make_grey_site(tmp_path / "workspace", engine)
+    with served(site) as url:
+        yield url, site.studio.desk
+        engine.gate.set()
+
+
+def test_a_reloaded_tab_still_ends_what_it_ordered_and_nothing_else(
+    drawn_in_grey: tuple[str, Desk], open_page: Open
+) -> None:
+    url, desk = drawn_in_grey
+    other, page = open_page(f"{url}/generate"), open_page(f"{url}/generate")
+    for number, tab in enumerate((other, page), 1):
+        tab.locator("#generate-go").click(timeout=WAIT_MS)
+        wait_for(lambda number=number: len(desk.drawings()) == number)
+    page.reload()
+    page.locator("#generate-cancel").click(timeout=WAIT_MS)
+    expect(page.locator("#generate-said")).to_contain_text("Cancelled", timeout=WAIT_MS)
+    assert [drawing.phase for drawing in desk.drawings()] == ["cancelled", "drawing"]
+
+    page.reload()
+    page.locator("#generate-cancel").click(timeout=WAIT_MS)
+    expect(page.locator("#generate-said .bad")).to_be_visible(timeout=WAIT_MS)
+    assert len(desk.unfinished()) == 1
+    other.locator('[data-do="language"]').click()
+    other.get_by_role("button", name="Abbrechen", exact=True).click(timeout=WAIT_MS)
+    wait_for(lambda: not desk.unfinished())
+
+
 def test_the_mix_and_the_open_adapter_survive_a_reload(url: str, open_page: Pages, workspace: Workspace) -> None:
     (workspace.root / "adapters").mkdir()
     for name in ("one", "two"):
@@ -341,6 +378,44 @@ def test_the_mix_and_the_open_adapter_survive_a_reload(url: str, open_page: Page
     expect(page.locator("#adapters-prompt input, #adapters-prompt textarea").first).to_have_value("a long thought")
     expect(page.locator("#adapters-head code")).to_have_text("adapters/one.safetensors")
     open_page.forgive_lost_connections()  # of the adapter that was being measured when the page was left
+
+
+def test_what_is_typed_about_an_adapter_survives_a_reload(url: str, open_page: Pages, workspace: Workspace) -> None:
+    (workspace.root / "adapters").mkdir()
+    for name in ("one", "two"):
+        shutil.copy(INK, workspace.root / "adapters" / f"{name}.safetensors")
+    page = open_page(f"{url}/adapters")
+
+    def field(name: str) -> Any:
+        return page.locator(f"#adapters-{name} input, #adapters-{name} textarea").first
+
+    def shown(tab: str, values: Mapping[str, str]) -> None:
+        page.get_by_role("tab", name=tab).click(timeout=WAIT_MS)
+        for name, value in values.items():
+            expect(field(name)).to_have_value(value, timeout=WAIT_MS)
+
+    page.locator('.lora:has([data-name="one"])').click(timeout=WAIT_MS)
+    shown("Describe", {"edit-title": "ink"})
+    field("edit-title").fill("Half a title")
+    field("edit-description").fill("ink, and more")
+    shown("Convert", {"new-name": "one small"})
+    field("new-name").fill("one for others")
+    field("rank").fill("3")
+    field("format").click()
+    page.get_by_role("option", name="kohya").click()
+    page.goto(f"{url}/generate")
+    path = workspace.root / "adapters" / "one.safetensors"
+    path.write_bytes(with_metadata(path.read_bytes(), {"modelspec.title": "New", "modelspec.trigger_phrase": "inky"}))
+    page.goto(f"{url}/adapters")
+
+    expect(page.locator("#adapters-head code")).to_have_text("adapters/one.safetensors", timeout=WAIT_MS)
+    page.wait_for_timeout(1000)  # what the opened adapter sets off
+    shown("Describe", {"edit-title": "Half a title", "edit-description": "ink, and more", "edit-trigger": "inky"})
+    shown("Convert", {"new-name": "one for others", "format": "kohya", "rank": "3"})
+    page.locator('.lora:has([data-name="two"])').click(timeout=WAIT_MS)
+    shown("Describe", {"edit-title": "ink", "edit-description": ""})
+    shown("Convert", {"new-name": "two small", "format": "kohya"})
+    open_page.forgive_lost_connections()  # of the adapters that were being measured when a page was left
 
 
 def test_the_best_step_becomes_the_result(url: str, open_page: Open, workspace: Workspace) -> None:
@@ -409,6 +484,28 @@ def test_a_data_set_is_trained_with_from_its_page(url: str, open_page: Open) -> 
     page.wait_for_url(re.compile(r"/de/\?dataset=data%2Fshapes"), timeout=WAIT_MS)
     expect(page.locator('[data-field="path"]').first).to_have_value("data/shapes", timeout=WAIT_MS)
     expect(page.locator("#train-toml-text")).to_contain_text('path = "data/shapes"', timeout=WAIT_MS)
+
+
+def test_a_data_set_shows_the_buckets_of_the_base_that_is_chosen_on_train(
+    url: str, open_page: Open, workspace: Workspace
+) -> None:
+    for part, widths in (("unet", [8, 8, 8]), ("vae", [8, 8, 8])):
+        (workspace.models / "small" / part).mkdir(parents=True)
+        (workspace.models / "small" / part / "config.json").write_text(json.dumps({"block_out_channels": widths}))
+    (workspace.models / "small" / "model_index.json").write_text("{}")
+    page = open_page(f"{url}/dataset?set=data/shapes")
+    about, step = page.locator("#dataset-step-about"), page.locator("#dataset-step")
+    expect(about).to_contain_text("SDXL 32 px", timeout=WAIT_MS)
+    expect(step).to_have_value("32")
+    page.goto(url)
+    fill(page, "model.path", "models/small")
+    expect(page.locator("#train-toml-text")).to_contain_text("models/small", timeout=WAIT_MS)
+    page.goto(f"{url}/dataset?set=data/shapes")
+
+    expect(about).to_contain_text("that of small", timeout=WAIT_MS)
+    expect(step).to_have_value("16")
+    step.select_option("8")
+    expect(about).to_contain_text("SDXL 32 px", timeout=WAIT_MS)
 
 
 def test_a_phone_starts_a_training_from_anywhere_in_the_form(url: str, open_page: Open) -> None:

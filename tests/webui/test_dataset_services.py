@@ -5,14 +5,21 @@ from __future__ import annotations
 import base64
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+from lora_diffusion.config import DatasetConfig
 from lora_diffusion.data.buckets import Size
 from lora_diffusion.errors import UserError
+from lora_diffusion.models.load import load_model
+from lora_diffusion.recipe_data import buckets_of
 from lora_diffusion.workspace import Workspace
+from tests.tiny import make_tiny_sd1, make_tiny_sdxl
 from webui.services.caption_text import Edit, diff, histogram, plan, style_of
 from webui.services.crops import buckets_for, crop_view
 from webui.services.datasets import Datasets
@@ -313,7 +320,49 @@ def test_buckets_are_those_of_the_bases_for_a_resolution(datasets: Datasets) -> 
     looked_at(datasets)
     steps = {side: datasets.view(SET, {}, resolution=side)["step"] for side in (64, 512, 768, 1024)}
 
-    assert steps == {64: 16, 512: 64, 768: 64, 1024: 32}
+    assert steps == {64: 32, 512: 64, 768: 64, 1024: 32}
+
+
+@pytest.mark.parametrize("make", [make_tiny_sd1, make_tiny_sdxl])
+def test_buckets_are_those_of_the_base_that_is_given_as_training_makes_them(
+    datasets: Datasets, make: Callable[[Path], Path]
+) -> None:
+    looked_at(datasets)
+    model = load_model(str(make(datasets.places.root / "models" / "b")), dtype=torch.float32)
+    table = DatasetConfig(path=Path("x"), resolution=512)
+
+    seen = datasets.view(SET, {}, resolution=512, base="models/b")
+
+    assert seen["base"] == "b"
+    assert {name for name, _ in seen["buckets"]} <= {f"{it.width}×{it.height}" for it in buckets_of(table, model)}
+    assert seen["step"] == model.resolution_step
+    chosen = datasets.view(SET, {}, resolution=512, step=8, base="models/b")
+    assert (chosen["step"], chosen["base"]) == (8, ""), "what is chosen on the page counts"
+
+
+@pytest.mark.parametrize(("has_sizes", "step"), [(False, 64), (True, 32)])
+def test_a_single_file_says_which_step_its_family_has(datasets: Datasets, has_sizes: bool, step: int) -> None:
+    looked_at(datasets)
+    names = ["input_blocks.0.0.weight", *(["label_emb.0.0.weight"] if has_sizes else [])]
+    base = datasets.places.root / "models" / "one.safetensors"
+    base.parent.mkdir()
+    save_file({f"model.diffusion_model.{name}": torch.zeros(1) for name in names}, base)
+
+    assert datasets.view(SET, {}, resolution=768, base="models/one.safetensors")["step"] == step
+
+
+@pytest.mark.parametrize(
+    "base", ["", "models/none", "../other", "a/b", "\0", "models/empty", "models/adapter.safetensors"]
+)
+def test_a_base_that_does_not_say_its_step_leaves_the_usual_one(datasets: Datasets, base: str) -> None:
+    looked_at(datasets)
+    (datasets.places.root / "models" / "empty").mkdir(parents=True)
+    (datasets.places.root / "models" / "empty" / "model_index.json").write_text("{}")
+    save_file({"lora": torch.zeros(1)}, datasets.places.root / "models" / "adapter.safetensors")
+
+    seen = datasets.view(SET, {}, resolution=512, base=base)
+
+    assert (seen["step"], seen["base"]) == (64, "")
 
 
 def test_tokens_are_counted_as_the_trainer_does(tmp_path: Path) -> None:

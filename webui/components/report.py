@@ -38,15 +38,15 @@ def render_report(t: Translator, result: Preflight | None) -> Markup:
             error=result.error,
         )
     report = result.report
-    findings = [finding for finding in report.get("findings", ()) if finding.get("items")]
+    findings = [_finding(finding) for finding in report.get("findings", ()) if finding.get("items")]
+    if warnings := report.get("warnings"):
+        findings.insert(0, _finding({"what": t("check.warnings"), "items": warnings}, is_open=True))
     return html(
         '<div class="card report"><h3>{title}</h3><div class="facts">{facts}</div><dl>{rows}</dl>{findings}</div>',
         title=t("check.title"),
         facts=join(_fact(label, value) for label, value in _headline(t, report)),
         rows=join(html("<dt>{a}</dt><dd>{b}</dd>", a=label, b=value) for label, value in _rows(t, report)),
-        findings=join(_finding(finding) for finding in findings)
-        if findings
-        else html('<p class="said good">{text}</p>', text=t("check.nothing")),
+        findings=join(findings) if findings else html('<p class="said good">{text}</p>', text=t("check.nothing")),
     )
 
 
@@ -93,11 +93,12 @@ def _rows(t: Translator, report: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _finding(finding: Mapping[str, Any]) -> Markup:
+def _finding(finding: Mapping[str, Any], *, is_open: bool = False) -> Markup:
     items = [str(item) for item in finding["items"]]
     more = html("<li>… + {n}</li>", n=len(items) - LISTED) if len(items) > LISTED else ""
     return html(
-        '<details class="finding"><summary><b>{n}</b> {what}</summary><ul>{items}{more}</ul></details>',
+        '<details class="finding"{open}><summary><b>{n}</b> {what}</summary><ul>{items}{more}</ul></details>',
+        open=html(" open") if is_open else "",
         n=len(items),
         what=finding["what"],
         items=join(html("<li>{item}</li>", item=item) for item in items[:LISTED]),

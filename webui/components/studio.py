@@ -105,7 +105,7 @@ def _more(t: Translator, drawings: Sequence[Drawing], tab: str) -> Markup:
     """What is in line, and a button that ends it all where the tab's own does not."""
     number = len(drawings)
     more = html("<span>{text}</span>", text=t("generate.more", n=number - 1)) if number > 1 else Markup("")
-    if all(drawing.tab == tab for drawing in drawings):
+    if tab and all(drawing.tab == tab for drawing in drawings):
         return more
     return more + html(
         '<span><button type="button" class="quiet" data-act="cancel" data-confirm="{ask}">{text}</button></span>',

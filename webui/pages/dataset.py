@@ -67,7 +67,9 @@ def _answers(datasets: Datasets, captioning: Captioning) -> dict[str, Callable[[
         "all": lambda q: datasets.all(),
         "open": lambda q: datasets.open(str(q["set"])),
         "look": lambda q: datasets.look(str(q["set"])),
-        "view": lambda q: datasets.view(str(q["set"]), q["filter"], int(q["resolution"] or 0), int(q["step"])),
+        "view": lambda q: datasets.view(
+            str(q["set"]), q["filter"], int(q["resolution"] or 0), int(q["step"]), str(q["base"])
+        ),
         "save": lambda q: datasets.save(str(q["set"]), str(q["name"]), q["before"], str(q["text"])),
         "preview": lambda q: datasets.preview(str(q["set"]), q["names"], q["edit"]),
         "apply": lambda q: datasets.apply(str(q["set"]), q["names"], q["edit"], str(q["digest"]), q["without"]),

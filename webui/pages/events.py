@@ -10,6 +10,9 @@ QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibil
 GO = "(address) => { if (address) window.location.assign(address); }"
 """In the browser, after an event whose answer is an address."""
 
+LOADED = "while (!window.loraDiffusion) await new Promise((resolve) => setTimeout(resolve, 20));"
+"""In the browser, within an async function: until our script is there, which may be later than Gradio's."""
+
 TOOLS: dict[str, Any] = {
     "concurrency_id": "tools",
     "concurrency_limit": 2,

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
-from webui.pages.events import QUICK
+from webui.pages.events import LOADED, QUICK
 
 
 def keep_fields(
@@ -25,7 +25,7 @@ def keep_fields(
     """
     known = f"window.loraDiffusion.{keeper}"
     recall = f"""async (_, ...values) => {{
-        while (!window.loraDiffusion) await new Promise((resolve) => setTimeout(resolve, 20));
+        {LOADED}
         return [{known}.kept(), ...values];
     }}"""
     demo.load(open_page, [*inputs], [*outputs], js=recall, **QUICK).then(

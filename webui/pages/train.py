@@ -15,7 +15,7 @@ from webui.components.html import said
 from webui.components.listen import once_loaded
 from webui.components.monitor import run_href
 from webui.components.report import render_glances, render_problems, render_report, render_toml
-from webui.pages.events import GO, QUICK
+from webui.pages.events import GO, LOADED, QUICK
 from webui.services import goals, preflight
 from webui.services.form_values import (
     Fields,
@@ -35,10 +35,7 @@ REVEAL = """() => {
     document.querySelector('#train-report').scrollIntoView({ block: 'nearest', behavior: 'smooth' });
     return [];  // Chromium's scrollIntoView returns something, which Gradio would take for the event's inputs
 }"""
-DRAFT = """async () => {
-    while (!window.loraDiffusion) await new Promise((resolve) => setTimeout(resolve, 20));
-    return window.loraDiffusion.draft();
-}"""
+DRAFT = f"async () => {{ {LOADED} return window.loraDiffusion.draft(); }}"
 OPENED = "() => window.loraDiffusion.opened()"
 COLLECT = "() => window.loraDiffusion.collect()"
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from webui.services.library import Adapter
 
 MAX_TEXT = 8000
 MAX_FILE_BYTES = 4_000_000_000
+NUM_TEXTS = 4
+"""Title, trigger words, tags and description, in this order."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,47 @@ class Description:
     tags: str
     description: str
     thumbnail: str | None = None
+
+
+def texts_of(adapter: Adapter) -> list[str]:
+    """What the file says of itself: `NUM_TEXTS`, empty if it cannot be read."""
+    if adapter.facts.error:
+        return [""] * NUM_TEXTS
+    given = read_header(adapter.path).metadata
+    facts = adapter.facts
+    return [given.get("modelspec.title", ""), facts.trigger, given.get("modelspec.tags", ""), facts.description]
+
+
+def note_of(adapter: Adapter, texts: Sequence[str]) -> str:
+    """Of which adapter fields were filled with which texts, for `typed_over`."""
+    return json.dumps([adapter.id, *texts], ensure_ascii=False)
+
+
+def is_about(note: str, id: str) -> bool:
+    """Whether the fields were filled with the texts of the adapter `id`."""
+    return _noted(note)[0] == id
+
+
+def typed_over(adapter: Adapter, texts: Sequence[str], fields: Sequence[object], note: str) -> list[str]:
+    """`texts` of the file as it is now, with what a person made of others in `fields` since these were filled."""
+    id, *before = _noted(note)
+    if id != adapter.id:
+        return list(texts)
+    return [
+        field if isinstance(field, str) and field != old else text
+        for text, field, old in zip(texts, fields, before, strict=True)
+    ]
+
+
+def _noted(note: str) -> list[str]:
+    """The id and the texts of `note_of`; all empty if it is none."""
+    try:
+        values = json.loads(note)
+    except (ValueError, RecursionError):
+        values = None
+    if isinstance(values, list) and len(values) == 1 + NUM_TEXTS and all(isinstance(value, str) for value in values):
+        return values
+    return [""] * (1 + NUM_TEXTS)
 
 
 def edit(adapter: Adapter, wanted: Description) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 
 from lora_diffusion.captioning.find import is_hub_name
+from lora_diffusion.container import read_header
 from lora_diffusion.errors import UserError
 from lora_diffusion.formats.families import FAMILY_WIDTHS
 from webui.services.form_values import fields_from_toml
@@ -22,6 +23,9 @@ SIZES: dict[str, tuple[Size, ...]] = {
     "sdxl": ((1024, 1024), (832, 1216), (1216, 832), (896, 1152), (1152, 896), (768, 1344), (1344, 768)),
 }
 MAX_RUNS = 200
+_UNET = "model.diffusion_model."
+_STEP_PX, _SDXL_STEP_PX = 64, 32
+"""Of single files, whose UNets are those of the published models: SDXL's halves the picture once less."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,19 @@ def base_of_run(places: Places, folder: Path) -> str:
     except (OSError, UserError, UnicodeDecodeError):
         return ""
     return places.id_of(path) if path != places.root.resolve() and _is_base(path) else ""
+
+
+def bucket_step(places: Places, base: Base) -> int | None:
+    """Pixels that the sides of its pictures are multiples of in training; None if the files do not tell."""
+    blocks = [_config(places, base.id, part).get("block_out_channels") for part in ("unet", "vae")]
+    halvings = [len(widths) - 1 for widths in blocks if isinstance(widths, list)]
+    if len(halvings) == 2:
+        return 2 ** sum(halvings)
+    path = places.root / base.id
+    tensors = read_header(path).tensors if path.suffix == ".safetensors" and path.is_file() else {}
+    if f"{_UNET}input_blocks.0.0.weight" not in tensors:
+        return None
+    return _SDXL_STEP_PX if f"{_UNET}label_emb.0.0.weight" in tensors else _STEP_PX
 
 
 def base_argument(root: Path, id: str) -> str:

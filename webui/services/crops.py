@@ -29,8 +29,8 @@ class CropView:
 
 
 def usual_step(resolution: int) -> int:
-    """What bucket sides are multiples of by default in bases for this resolution: SDXL, SD 1.x and 2.x, miniatures."""
-    return 32 if resolution >= 1024 else 64 if resolution >= 256 else 16
+    """What bucket sides are multiples of in bases for this resolution: SDXL, SD 1.x and 2.x, the shipped miniature."""
+    return 64 if 256 <= resolution < 1024 else 32
 
 
 def buckets_for(resolution: int, step: int) -> Sequence[Bucket]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from lora_diffusion.data.buckets import Size
 from lora_diffusion.errors import UserError
+from webui.services.bases import bucket_step, find_base
 from webui.services.caption_text import Change, Edit, plan
 from webui.services.checks import Filter, find_checks, view
 from webui.services.crops import CropView, buckets_for, count_buckets, crop_view, usual_step
@@ -101,8 +102,11 @@ class Datasets:
                 look.start([(picture.name, picture.path) for picture in opened.pictures.pictures.values()])
         return {"done": look.done, "total": look.total, "isDone": look.is_done, "hasSizes": look.has_sizes}
 
-    def view(self, id: str, filter: Mapping[str, Any], resolution: int = 0, step: int = 0) -> Json:
-        """What the filter lets through, the histogram of those, the counts of all checks, and every crop."""
+    def view(self, id: str, filter: Mapping[str, Any], resolution: int = 0, step: int = 0, base: str = "") -> Json:
+        """What the filter lets through, the histogram of those, the counts of all checks, and every crop.
+
+        resolution, step: 0 for the usual ones. base: whose step is taken where none is given.
+        """
         opened = self.opened(id)
         chosen = Filter(
             text=str(filter.get("text", ""))[:500],
@@ -111,9 +115,10 @@ class Datasets:
             check=str(filter.get("check", "")),
             by="words" if filter.get("by") == "words" else "tags",
         )
+        base_name, own_step = ("", None) if step else self._step_of(base)
         with opened.lock:
             resolution = resolution or self._usual_resolution(opened)
-            step = min(step or usual_step(resolution), resolution // 2)
+            step = min(step or own_step or usual_step(resolution), resolution // 2)
             crops = self._crops(opened, resolution, step)
             counter = find_counter(self.places.workspace)
             checks = find_checks(
@@ -130,6 +135,7 @@ class Datasets:
             "unreadable": [numbers[name] for name in checks["unreadable"]],
             "resolution": resolution,
             "step": step,
+            "base": base_name if step == own_step else "",
             "buckets": [(f"{bucket.width}×{bucket.height}", number) for bucket, number in count_buckets(crops)],
             "lost": _mean_lost(crops),
             "crops": {keys[name]: _crop_row(crop) for name, crop in crops.items()},
@@ -291,6 +297,14 @@ class Datasets:
                 size = (fact.width, fact.height)
                 crops[name] = by_size.get(size) or by_size.setdefault(size, crop_view(Size(*size), buckets))
         return crops
+
+    def _step_of(self, base: str) -> tuple[str, int | None]:
+        """Name and step of a base; its step is None if there is no such base, or it does not say."""
+        try:
+            found = find_base(self.places, base)
+            return found.name, bucket_step(self.places, found)
+        except UserError:
+            return "", None
 
     def _usual_resolution(self, opened: OpenSet) -> int:
         sides = [math.sqrt(fact.width * fact.height) for fact in opened.look.facts.values() if fact.width]

@@ -75,7 +75,7 @@ class Draws(Protocol):
 class Drawing:
     """Something that was asked for, as it is now. pictures: by request, None where there is none yet.
 
-    tab: the opened page that ordered it, as Gradio counts them; empty for a program.
+    tab: what the browser calls the tab that ordered it; empty for a program.
     """
 
     id: int
@@ -131,7 +131,7 @@ class Desk:
     _thread: threading.Thread | None = None
 
     def add(
-        self, kind: Kind, base: str, requests: Sequence[Request], sheet: Sheet | None = None, *, tab: str | None = None
+        self, kind: Kind, base: str, requests: Sequence[Request], sheet: Sheet | None = None, *, tab: str = ""
     ) -> Drawing:
         """Put it in line. Raises UserError if it is too much, or the line is full."""
         limit = 400 if kind == "sheet" else MAX_PICTURES
@@ -142,7 +142,7 @@ class Desk:
                 raise UserError(f"Busy: {MAX_WAITING} drawings are in line already. Try again when some are done.")
             id = next(self._numbers)
             nothing = (None,) * len(requests)
-            drawing = Drawing(id, kind, base, tuple(requests), pictures=nothing, sheet=sheet, tab=tab or "")
+            drawing = Drawing(id, kind, base, tuple(requests), pictures=nothing, sheet=sheet, tab=tab)
             self._drawings[id] = drawing
             for old in [d.id for d in self._drawings.values() if not d.is_unfinished][:-KEPT]:
                 del self._drawings[old]

@@ -3,7 +3,7 @@
   "use strict";
 
   const EDIT_DELAY_MS = 350, THEME = "lora-diffusion.theme", DRAFT = "lora-diffusion.draft";
-  const DRAFT_BEFORE = "lora-diffusion.draft-before", DRAWING = "lora-diffusion.drawing", MIXING = "lora-diffusion.mixing";
+  const DRAFT_BEFORE = "lora-diffusion.draft-before", DRAWING = "lora-diffusion.drawing", MIXING = "lora-diffusion.mixing", TAB = "lora-diffusion.tab";
   const one = (selector, root = document) => root.querySelector(selector);
   const all = (selector, root = document) => [...root.querySelectorAll(selector)];
   const stored = (key) => { try { return localStorage.getItem(key); } catch { return null; } };
@@ -96,6 +96,12 @@
       refreshForm();
     }
     return collect();
+  }
+
+  // The base that the form names, for pages that show what depends on it.
+  function chosenBase() {
+    try { return JSON.parse(ownOfTab(DRAFT) ?? stored(DRAFT)).values["model.path"] ?? ""; }
+    catch { return ""; }  // there is no draft yet
   }
 
   // Gradio hands over its trigger when it has mounted the form; what was typed before is read when the page has loaded.
@@ -426,5 +432,9 @@
   }
   const drawing = keeper(DRAWING, "adapter"), mixing = keeper(MIXING);
 
-  window.loraDiffusion = { collect, draft, drawing, form, mixing, opened, ticked: () => JSON.stringify([...ticked]) };
+  // What this tab orders is known by it, also after a reload. A browser that duplicates a tab gives it to both.
+  const tab = ownOfTab(TAB) ?? [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+  setOwnOfTab(TAB, tab);
+
+  window.loraDiffusion = { chosenBase, collect, draft, drawing, form, mixing, opened, tab: () => tab, ticked: () => JSON.stringify([...ticked]) };
 })();

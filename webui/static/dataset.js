@@ -193,15 +193,17 @@ window.loraDiffusionDataset = (element, server) => {
     }
   }
 
+  const askForView = () => ask("view", { filter, resolution: crop.resolution, step: crop.step, base: window.loraDiffusion?.chosenBase() ?? "" });
+
   let viewNumber = 0;
   async function refreshView() {
     const mine = ++viewNumber, of = generation;
-    const answer = await ask("view", { filter, resolution: crop.resolution, step: crop.step });
+    const answer = await askForView();
     if (mine !== viewNumber || of !== generation) return;
     if (answer.error) return say(answer.error, true);
     const before = set.shown.join();
     Object.assign(set, { shown: answer.shown, terms: answer.terms, checks: answer.checks, reasons: answer.reasons, unreadable: new Set(answer.unreadable), buckets: answer.buckets, lost: answer.lost, crops: answer.crops, sizes: answer.sizes });
-    Object.assign(set, { resolution: answer.resolution, step: answer.step });
+    Object.assign(set, { resolution: answer.resolution, step: answer.step, base: answer.base });
     for (const number of set.selected) if (!set.shown.includes(number)) set.selected.delete(number);
     if (before !== set.shown.join() || !cells.length) drawGrid();
     else for (const cell of cells) if (cell) dress(cell);
@@ -516,7 +518,7 @@ window.loraDiffusionDataset = (element, server) => {
   let termsTimer = 0;
   function refreshTerms() { clearTimeout(termsTimer); termsTimer = setTimeout(() => { if (!filter.text && !filter.wanted.length && !filter.unwanted.length && !filter.check) refreshView(); else refreshCounts(); }, 600); }
   async function refreshCounts() {  // the grid stays: a picture must not vanish while its caption is being written
-    const of = generation, answer = await ask("view", { filter, resolution: crop.resolution, step: crop.step });
+    const of = generation, answer = await askForView();
     if (of !== generation || answer.error) return;
     Object.assign(set, { terms: answer.terms, checks: answer.checks });
     drawFilters();
@@ -626,7 +628,8 @@ window.loraDiffusionDataset = (element, server) => {
     fill(ui.buckets, h("h3", {}, t("buckets")),
       h("div", { className: "two" },
         choose(sides, set.resolution, "dataset-resolution", t("resolution"), (event) => { crop.resolution = Number(event.target.value); refreshView(); }),
-        choose([8, 16, 32, 64], set.step, "dataset-step", t("step"), (event) => { crop.step = Number(event.target.value); refreshView(); })),
+        choose([...new Set([8, 16, 32, 64, set.step])].sort((a, b) => a - b), set.step, "dataset-step", t("step"), (event) => { crop.step = Number(event.target.value); refreshView(); })),
+      h("p", { className: "hint", id: "dataset-step-about" }, set.base ? t("step.base", { base: set.base }) : t("step.about")),
       h("label", { className: "check" }, h("input", { type: "checkbox", id: "dataset-crop", checked: crop.isDrawn, onchange: (event) => { crop.isDrawn = event.target.checked; for (const cell of cells) if (cell) dress(cell); drawCropOf(set.cursor); writeAddress(); } }), t("show_crop")),
       h("div", { className: "bars" }, set.buckets.map(([name, number]) => h("div", { className: "term", style: { "--share": String(number / most) } }, h("span", {}, name), h("b", {}, String(number))))),
       set.buckets.length ? h("p", { className: "hint" }, t("lost", { lost: percent(set.lost) })) : null);

@@ -15,7 +15,7 @@ from webui.components.html import said
 from webui.components.library import render_head
 from webui.pages.adapters.layout import Inspector, Listing
 from webui.pages.events import QUICK, TOOLS
-from webui.services.adapter_edit import Description, copy_to_library, edit
+from webui.services.adapter_edit import Description, copy_to_library, edit, note_of, texts_of
 from webui.services.library import Adapter
 from webui.services.site import Site
 from webui.services.thumbnails import data_uri
@@ -30,7 +30,7 @@ def connect(site: Site, t: Translator, listing: Listing, inspector: Inspector, r
     describe, change = inspector.describe, inspector.change
     head.select(handlers.act, chosen, [chosen, out], **QUICK).then(**redraw)
     describe.save.click(handlers.describe, [chosen, *describe.texts(), describe.thumbnail], out, **QUICK).then(
-        handlers.head, chosen, [head, describe.thumbnail], **QUICK
+        handlers.head, chosen, [head, describe.thumbnail, describe.filled], **QUICK
     ).then(**redraw)
     change.convert.click(handlers.working, None, out, **QUICK).then(
         handlers.convert, [chosen, change.name, change.format, change.precision], out, **TOOLS
@@ -50,9 +50,10 @@ class Changes:
     def working(self) -> str:
         return said(self.t("adapters.working"))
 
-    def head(self, id: str) -> tuple[str, None]:
-        """The head anew, and no file in the field for a thumbnail."""
-        return str(render_head(self.t, self.site.studio.library.find(id))), None
+    def head(self, id: str) -> tuple[str, None, str]:
+        """The head anew, no file in the field for a thumbnail, and what the file says now."""
+        adapter = self.site.studio.library.find(id)
+        return str(render_head(self.t, adapter)), None, note_of(adapter, texts_of(adapter)) if adapter else ""
 
     def act(self, id: str, event: gr.EventData) -> tuple[object, str]:
         """Copy it into the library, or put it into the trash. Returns which one is chosen now, and what is said."""

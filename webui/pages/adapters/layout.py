@@ -18,7 +18,11 @@ from webui.translate import Translator
 
 SOURCES = ("library", "run", "sample")
 METHODS = ["concat", "svd", "ties", "dare"]
+FORMATS = ["kohya", "peft"]
+PRECISIONS = ["same", "fp16", "bf16", "fp32"]
 MAX_RANK = 1024
+NEW_NAME = "{name} small"
+"""What is proposed for a file that is made of another."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,9 @@ class Listing:
 
 @dataclass(frozen=True)
 class Describe:
-    """What a file says of itself."""
+    """What a file says of itself. filled: a hidden field with what the texts were filled with, by `note_of`."""
 
+    filled: gr.Textbox
     title: gr.Textbox
     trigger: gr.Textbox
     tags: gr.Textbox
@@ -69,6 +74,9 @@ class Change:
     rank: gr.Number
     energy: gr.Number
     resize: gr.Button
+
+    def values(self) -> list[Component]:
+        return [self.name, self.format, self.precision, self.rank, self.energy]
 
 
 @dataclass(frozen=True)
@@ -163,6 +171,7 @@ def _filter(t: Translator, name: str, choices: Sequence[tuple[str, str]], min_wi
 
 def _describe(t: Translator) -> Describe:
     return Describe(
+        filled=gr.Textbox("", visible="hidden", elem_id="adapters-edit-filled", label="filled"),
         title=gr.Textbox("", label=t("adapters.edit.title"), elem_id="adapters-edit-title", max_length=300),
         trigger=gr.Textbox("", label=t("adapters.edit.trigger"), elem_id="adapters-edit-trigger", max_length=1000),
         tags=gr.Textbox("", label=t("adapters.edit.tags"), elem_id="adapters-edit-tags", max_length=4000),
@@ -183,8 +192,8 @@ def _describe(t: Translator) -> Describe:
 def _change(t: Translator) -> Change:
     name = gr.Textbox("", label=t("adapters.name"), elem_id="adapters-new-name", max_length=100)
     with gr.Row():
-        format = _choice(t("adapters.format"), "adapters-format", ["kohya", "peft"], "peft")
-        precision = _choice(t("adapters.precision"), "adapters-precision", ["same", "fp16", "bf16", "fp32"], "same")
+        format = _choice(t("adapters.format"), "adapters-format", FORMATS, "peft")
+        precision = _choice(t("adapters.precision"), "adapters-precision", PRECISIONS, "same")
         convert = gr.Button(t("adapters.convert"), elem_id="adapters-convert", min_width=100)
     with gr.Row():
         rank = gr.Number(

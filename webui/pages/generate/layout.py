@@ -40,7 +40,10 @@ class Fields:
 
 @dataclass(frozen=True)
 class Controls:
-    """The left side. fields: what a `DrawingForm` is made of. kept: hidden, what the browser kept of it as JSON."""
+    """The left side. fields: what a `DrawingForm` is made of. kept: hidden, what the browser kept of it as JSON.
+
+    tab: hidden, what the browser calls this tab, which stays the same when the page is loaded again.
+    """
 
     base: gr.Dropdown
     stack: gr.HTML
@@ -52,6 +55,7 @@ class Controls:
     dropped: gr.File
     fields: Fields
     kept: gr.Textbox
+    tab: gr.Textbox
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,8 @@ def make_controls(t: Translator, known_bases: Sequence[Base]) -> Controls:
             elem_id="generate-png",
         )
     kept = gr.Textbox("", visible="hidden", elem_id="generate-kept", label="kept")
-    return Controls(base, stack, add, go, stop, said, size, dropped, fields, kept)
+    tab = gr.Textbox("", visible="hidden", elem_id="generate-tab", label="tab")
+    return Controls(base, stack, add, go, stop, said, size, dropped, fields, kept, tab)
 
 
 def size_choices(t: Translator, base: Base) -> list[tuple[str, str]]:

@@ -40,7 +40,7 @@ def connect(site: Site, t: Translator, demo: gr.Blocks, controls: Controls, resu
     """Whatever fills the fields."""
     handlers = Opening(site, t)
     filled = [*controls.fields.all(), controls.stack, controls.size]
-    results.gallery.select(handlers.act_on_picture, controls.base, [*filled, controls.said], **QUICK)
+    results.gallery.select(handlers.act_on_picture, [controls.base, controls.tab], [*filled, controls.said], **QUICK)
     controls.dropped.upload(
         handlers.open_png, [controls.dropped, controls.base], [*filled, controls.said, controls.dropped], **QUICK
     )
@@ -87,7 +87,7 @@ class Opening:
             self._size_list(base, request.size) if base and request.size else gr.skip(),
         ]
 
-    def act_on_picture(self, base_id: str, request: gr.Request, event: gr.EventData) -> list[object]:
+    def act_on_picture(self, base_id: str, tab: str, event: gr.EventData) -> list[object]:
         """Draw it again with another seed, take its settings, or put it into the trash."""
         picture = self.site.studio.gallery.find(str(event._data.get("id", "")))
         if picture is None:
@@ -100,10 +100,10 @@ class Opening:
                 settled, unknown = self.site.studio.settle(picture.parameters)
                 return [*self.fill(settled, self._base(base_id)), self._about(settled, unknown, picture.name)]
             case "again" if picture.parameters:
-                return [*UNCHANGED, self.draw_again(base_id, picture, request)]
+                return [*UNCHANGED, self.draw_again(base_id, picture, tab)]
         return [*UNCHANGED, ""]
 
-    def draw_again(self, base_id: str, picture: Picture, request: gr.Request) -> str:
+    def draw_again(self, base_id: str, picture: Picture, tab: str) -> str:
         """Order it with a new seed and everything else as it was. Returns what is said."""
         assert picture.parameters is not None
         settled, unknown = self.site.studio.settle(picture.parameters)
@@ -122,7 +122,7 @@ class Opening:
             seed=0,
             seed_mode="random",
         )
-        refused, _ = Orders(self.site, self.t).pictures(request, base_id, *vars(form).values())
+        refused, _ = Orders(self.site, self.t).pictures(tab, base_id, *vars(form).values())
         return str(refused) or self._about(settled, unknown, "")
 
     def open_png(self, file: str | None, base_id: str | None) -> list[object]:

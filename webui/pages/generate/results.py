@@ -23,7 +23,8 @@ EVERY_S = 0.6
 def connect(site: Site, t: Translator, demo: gr.Blocks, controls: Controls, results: Results) -> None:
     """Everything that follows the desk."""
     handlers = Shown(site, t)
-    live(demo, handlers.draw, [results.status, results.gallery, results.grid.cells], every_s=EVERY_S)
+    parts = [results.status, results.gallery, results.grid.cells]
+    live(demo, lambda _request, tab: handlers.draw(tab), parts, [controls.tab], EVERY_S)
     shown = gr.State(0)
     gr.on([demo.load, gr.Timer(EVERY_S).tick], handlers.comparison, shown, [shown, results.slider], **QUICK)
     results.status.select(handlers.act, None, controls.said, **QUICK)
@@ -36,8 +37,8 @@ class Shown:
     site: Site
     t: Translator
 
-    def draw(self, request: gr.Request) -> list[Markup]:
-        """Status, gallery, grid."""
+    def draw(self, tab: str) -> list[Markup]:
+        """Status, gallery, grid. tab: who looks."""
         studio, places = self.site.studio, self.site.places
         unfinished = studio.desk.unfinished()
         loaded = None if unfinished else studio.engine.record()
@@ -45,7 +46,7 @@ class Shown:
         sheet = studio.desk.latest("sheet")
         drawings = studio.desk.drawings()
         return [
-            render_status(self.t, unfinished, drawings[0] if drawings else None, training, str(request.session_hash))
+            render_status(self.t, unfinished, drawings[0] if drawings else None, training, tab)
             + render_engine(self.t, loaded.base_name if loaded else ""),
             render_gallery(self.t, studio.gallery.newest()),
             render_grid(
