@@ -16,7 +16,7 @@ from lora_diffusion.formats.adapter_file import AdapterFile
 from lora_diffusion.generation.engine import Engine
 from lora_diffusion.generation.infotext import save_png, write_parameters
 from lora_diffusion.generation.library import HASH_KEY
-from lora_diffusion.generation.request import Request, adapter_name
+from lora_diffusion.generation.request import Request, adapter_name, check_file_name
 from lora_diffusion.generation.sheet import Sheet, draw_cells
 from lora_diffusion.models.load import load_model
 from lora_diffusion.models.on_cpu import suit_to_cpu
@@ -94,6 +94,8 @@ def ready_engine(
     base: str, adapters: Sequence[Path], *, precision: str, configs: Path | None, track: Track
 ) -> tuple[Engine, dict[str, str]]:
     """The base with these files loaded under their names, and the hashes of those that have one."""
+    for path in adapters:
+        check_file_name(path)
     files = {adapter_name(path.stem): AdapterFile.read(path) for path in adapters}
     if len(files) < len(adapters):
         raise UserError("Two adapter files have the same name, so requests cannot tell them apart. Rename one of them.")
