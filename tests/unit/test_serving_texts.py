@@ -46,7 +46,7 @@ def server(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 def in_ascii(content: bytes, metadata: dict[str, str]) -> bytes:
-    """The adapter file with these metadata, written with `\\ud83d` escapes."""
+    """The adapter file with these metadata, written with escapes for all that is not ASCII."""
     length = int.from_bytes(content[:8], "little")
     header = json.dumps(json.loads(content[8 : 8 + length]) | {"__metadata__": metadata}).encode()
     return len(header).to_bytes(8, "little") + header + content[8 + length :]
