@@ -41,6 +41,7 @@ def grid(
     clip_skip: Annotated[int, typer.Option(min=1, help="1 is the text encoder's last layer.")] = 1,
     precision: PrecisionOption = "auto",
     configs: ConfigsOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that is there already.")] = False,
     debug: DebugOption = False,
 ) -> None:
     """Draw a sheet: strength, checkpoint, adapter, prompt, seed, cfg, sampler or steps along two or three axes.
@@ -54,13 +55,15 @@ def grid(
         from lora_diffusion.generation.request import Request, adapter_name
         from lora_diffusion.generation.request_line import parse_size, write_sheet
         from lora_diffusion.generation.sheet import Sheet, parse_axis
-        from lora_diffusion.tools.outputs import check_output_folder
+        from lora_diffusion.tools.outputs import check_output, check_output_folder
 
         if out.suffix.lower() != ".png":
             raise UserError(f"--out {out}: the sheet is a PNG. Give the file a name that ends in .png.")
         if out.is_dir():
             raise UserError(f"--out {out}: this is a folder. Choose another name.")
         check_output_folder(out.parent)
+        if out.exists():
+            check_output(out, (), overwrite=overwrite, ending=out.suffix)
         chosen = parse_adapters(adapter or ())
         request = Request(
             prompt=prompt,

@@ -14,12 +14,13 @@ CHUNK_BYTES = 1 << 20
 
 
 @contextmanager
-def replacement_of(path: Path) -> Iterator[Path]:
+def replacement_of(path: Path, *, is_new: bool = False) -> Iterator[Path]:
     """An empty file to write to, which takes the place of `path` at the end of the block.
 
     A reader sees the old content or the new, also after a crash or power loss; if the block raises, the old stays. The
     temporary file lies in the same folder, so a full disk leaves the old file untouched. A new file's permissions are
     those any program would give it (by umask); an existing file keeps its own.
+    is_new: raise FileExistsError at the end if `path` is there by then, whoever has made it meanwhile.
     Raises OSError, with no temporary file left behind, if the disk is full or the folder cannot be written.
     """
     path = Path(os.path.realpath(path))  # a link is followed, not replaced
@@ -32,16 +33,16 @@ def replacement_of(path: Path) -> Iterator[Path]:
         finally:
             os.close(handle)
         temporary.chmod(_mode_for(path))
-        temporary.replace(path)
+        (_move_to_new if is_new else Path.replace)(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 
 
-def write_bytes_atomically(path: Path, data: bytes) -> None:
+def write_bytes_atomically(path: Path, data: bytes, *, is_new: bool = False) -> None:
     """Replace `path` with `data` as `replacement_of` does."""
-    with replacement_of(path) as temporary:
+    with replacement_of(path, is_new=is_new) as temporary:
         temporary.write_bytes(data)
 
 
@@ -84,6 +85,18 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _move_to_new(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a disk without hard links: the name is taken by an empty file for a moment
+        path.open("xb").close()
+        temporary.replace(path)
+    else:
+        temporary.unlink()
 
 
 def _mode_for(path: Path) -> int:

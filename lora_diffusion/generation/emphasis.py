@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 MORE = 1.1
@@ -11,12 +14,13 @@ LESS = 1 / 1.1
 _SYMBOL = re.compile(
     r"\\(?P<escaped>[()\[\]\\])"
     r"|(?P<open>[(\[])"
-    r"|:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)"
+    r"|:\s*(?P<weight>[+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*\)"
     r"|(?P<close>[)\]])"
     r"|(?P<text>[^\\()\[\]:]+|.)",
     re.DOTALL,
 )
 _PAIRS = {")": "(", "]": "["}
+_CLOSES = -1
 
 
 @dataclass(frozen=True)
@@ -33,24 +37,23 @@ def parse_emphasis(prompt: str) -> list[Piece]:
     Brackets nest, and their weights multiply. `\(` `\)` `\[` `\]` `\\` are the characters themselves. A bracket that
     is never closed weighs all that follows, as in A1111; one that closes nothing is text, as is a `:` without number.
     """
-    pieces: list[Piece] = []
-    opened: list[tuple[str, int]] = []  # the bracket, and how many pieces stood before it
-
-    def weigh(start: int, factor: float) -> None:
-        pieces[start:] = [Piece(piece.text, piece.weight * factor) for piece in pieces[start:]]
-
+    events: list[str | int] = []  # text, the place in `factors` of a bracket that opens, or `_CLOSES`
+    factors: list[float] = []
+    opened: list[tuple[str, int]] = []
     for match in _SYMBOL.finditer(prompt):
         if match["open"]:
-            opened.append((match["open"], len(pieces)))
+            opened.append((match["open"], len(factors)))
+            events.append(len(factors))
+            factors.append(MORE if match["open"] == "(" else LESS)
         elif match["weight"] and opened and opened[-1][0] == "(":
-            weigh(opened.pop()[1], float(match["weight"]))
+            factors[opened.pop()[1]] = float(match["weight"])
+            events.append(_CLOSES)
         elif match["close"] and opened and opened[-1][0] == _PAIRS[match["close"]]:
-            weigh(opened.pop()[1], MORE if match["close"] == ")" else LESS)
+            opened.pop()
+            events.append(_CLOSES)
         else:
-            pieces.append(Piece(match["escaped"] or match[0], 1.0))
-    for bracket, start in opened:
-        weigh(start, MORE if bracket == "(" else LESS)
-    return _joined(pieces)
+            events.append(match["escaped"] or match[0])
+    return _joined(_weighed(events, factors))
 
 
 def plain_text(pieces: list[Piece]) -> str:
@@ -62,11 +65,18 @@ def is_weighted(pieces: list[Piece]) -> bool:
     return any(piece.weight != 1 for piece in pieces)
 
 
-def _joined(pieces: list[Piece]) -> list[Piece]:
-    joined: list[Piece] = []
-    for piece in pieces:
-        if joined and joined[-1].weight == piece.weight:
-            joined[-1] = Piece(joined[-1].text + piece.text, piece.weight)
+def _weighed(events: Iterable[str | int], factors: Sequence[float]) -> Iterator[Piece]:
+    """The texts, each with the product of the brackets around it: from the inner to the outer, as A1111 rounds it."""
+    around: list[float] = []
+    for event in events:
+        if isinstance(event, str):
+            yield Piece(event, math.prod(reversed(around), start=1.0))
+        elif event == _CLOSES:
+            around.pop()
         else:
-            joined.append(piece)
-    return joined
+            around.append(factors[event])
+
+
+def _joined(pieces: Iterable[Piece]) -> list[Piece]:
+    groups = itertools.groupby(pieces, key=lambda piece: piece.weight)
+    return [Piece("".join(piece.text for piece in group), weight) for weight, group in groups]

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
@@ -55,6 +55,7 @@ class Engine:
         """batch_size: pictures that go through the UNet together at most; bounds the memory used."""
         self.model = model
         self.batch_size = batch_size
+        self._num_tokens = lru_cache(256)(self._count_tokens)  # pictures of one order have their texts in common
         self._loaded = LoadedAdapters(model)
         self._lock = threading.Lock()  # the model's adapters belong to one drawing at a time
         self._home: torch.device | None = None  # where the model belongs, while it makes way
@@ -178,8 +179,11 @@ class Engine:
     def _num_chunks(self, request: Request) -> int:
         """Token chunks of the longer of the two texts: a picture must not depend on the prompts beside it."""
         texts = [request.prompt, request.negative] if request.cfg > 1 else [request.prompt]
-        longest = max(self.model.count_tokens(plain_text(parse_emphasis(text))) for text in texts)
+        longest = max(self._num_tokens(text) for text in texts)
         return max(1, -(-longest // self.model.max_tokens))
+
+    def _count_tokens(self, text: str) -> int:
+        return self.model.count_tokens(plain_text(parse_emphasis(text)))
 
     def _encode(self, batch: _Batch) -> Conditioning:
         """All negative prompts, then all prompts; without guidance the prompts only.

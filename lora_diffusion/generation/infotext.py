@@ -101,9 +101,9 @@ def png_bytes(image: Image.Image, text: str) -> bytes:
     return file.getvalue()
 
 
-def save_png(image: Image.Image, path: Path, text: str) -> None:
-    """Write a PNG with `text` as its `parameters`, whole or not at all."""
-    write_bytes_atomically(path, png_bytes(image, text))
+def save_png(image: Image.Image, path: Path, text: str, *, is_new: bool = False) -> None:
+    """Write a PNG with `text` as its `parameters`, whole or not at all. is_new: see `replacement_of`."""
+    write_bytes_atomically(path, png_bytes(image, text), is_new=is_new)
 
 
 def read_png(path: Path) -> Parameters:

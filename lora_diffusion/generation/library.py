@@ -12,7 +12,7 @@ from pathlib import Path
 from lora_diffusion.errors import UserError
 from lora_diffusion.formats.adapter_file import AdapterFile
 from lora_diffusion.generation.engine import Engine
-from lora_diffusion.generation.request import adapter_name
+from lora_diffusion.generation.request import adapter_name, check_file_name
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +52,13 @@ class AdapterLibrary:
         self.paths = dict(_named(path for folder in self._folders for path in _files(folder)))
 
     def check(self, names: Collection[str]) -> None:
-        """Raises UserError for a name that no file has."""
+        """Raises UserError for a name that no file has, or one whose file name is not UTF-8."""
         for name in names:
             if name not in self.paths:
                 near = difflib.get_close_matches(name, self.paths, n=1)
                 hint = f"Did you mean {near[0]!r}? " if near else ""
                 raise UserError(f"There is no adapter {name!r}. {hint}The library has {len(self.paths)}.")
+            check_file_name(self.paths[name])
 
     def need(self, names: Collection[str]) -> None:
         """Have these adapters loaded, read again if their files changed; those used longest ago make room.

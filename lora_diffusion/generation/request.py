@@ -6,11 +6,13 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from lora_diffusion.errors import UserError
 
 _TAG = re.compile(r" ?<lora:(?P<name>[^<>:]+)(?::(?P<strengths>[^<>]*))?>")
-_NOT_IN_NAMES = re.compile(r'[<>:,"\x00-\x1f\x7f]')
+_NOT_IN_NAMES = re.compile(r'[<>:,"\x00-\x1f\x7f\ud800-\udfff]')
+_HALVES = re.compile(r"[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,17 @@ def check_adapter_name(name: str) -> str:
 def adapter_name(stem: str) -> str:
     """A valid adapter name from a file's stem: characters that tags cannot hold become `_`."""
     return check_adapter_name(_NOT_IN_NAMES.sub("_", stem).strip() or "_")
+
+
+def check_file_name(path: Path) -> None:
+    """Raises UserError for an adapter file whose name is not UTF-8: no prompt and no picture could say it."""
+    if _HALVES.search(path.name):
+        raise UserError(f"{without_halves(str(path))}: the name is not valid UTF-8; rename it.")
+
+
+def without_halves(text: str) -> str:
+    """The text with halves of surrogate pairs, which no UTF-8 can hold, replaced by the sign for that."""
+    return _HALVES.sub("\ufffd", text)
 
 
 def format_number(value: float) -> str:

@@ -16,7 +16,7 @@ from lora_diffusion.formats.adapter_file import AdapterFile
 from lora_diffusion.generation.engine import Engine
 from lora_diffusion.generation.infotext import save_png, write_parameters
 from lora_diffusion.generation.library import HASH_KEY
-from lora_diffusion.generation.request import Request, adapter_name
+from lora_diffusion.generation.request import Request, adapter_name, check_file_name
 from lora_diffusion.generation.sheet import Sheet, draw_cells
 from lora_diffusion.models.load import load_model
 from lora_diffusion.models.on_cpu import suit_to_cpu
@@ -47,8 +47,8 @@ def write_pictures(
     """Draw `requests` into the folder `out`, each with its settings in the PNG; returns the files in order.
 
     adapters: files, which requests know by their name without the ending. configs: see `load_model`. Pictures are
-    numbered on from those that the folder has. Raises UserError before anything is drawn if a request or a file is
-    wrong.
+    numbered on from those that the folder has, also where another process draws into it. Raises UserError before
+    anything is drawn if a request or a file is wrong.
     """
     engine, hashes = ready_engine(base, adapters, precision=precision, configs=configs, track=track)
     requests = [engine.complete(request) for request in requests]
@@ -59,10 +59,23 @@ def write_pictures(
     for start in track(starts, "drawing"):
         batch = requests[start : start + engine.batch_size]
         for request, image in zip(batch, engine.generate(batch), strict=True):
-            path = out / f"{number + len(paths):05d}-{request.seed}.png"
-            save_png(image, path, write_parameters(request, base_name(base), hashes))
+            text = write_parameters(request, base_name(base), hashes)
+            number, path = _save_numbered(image, out, number, request.seed, text)
             paths.append(path)
+            number += 1
     return paths
+
+
+def _save_numbered(image: Image.Image, out: Path, number: int, seed: int, text: str) -> tuple[int, Path]:
+    """Save under the first free name from `number` on; the number that it got, and the file."""
+    while True:
+        path = out / f"{number:05d}-{seed}.png"
+        try:
+            save_png(image, path, text, is_new=True)
+        except FileExistsError:
+            number += 1
+        else:
+            return number, path
 
 
 def write_sheet(
@@ -94,6 +107,8 @@ def ready_engine(
     base: str, adapters: Sequence[Path], *, precision: str, configs: Path | None, track: Track
 ) -> tuple[Engine, dict[str, str]]:
     """The base with these files loaded under their names, and the hashes of those that have one."""
+    for path in adapters:
+        check_file_name(path)
     files = {adapter_name(path.stem): AdapterFile.read(path) for path in adapters}
     if len(files) < len(adapters):
         raise UserError("Two adapter files have the same name, so requests cannot tell them apart. Rename one of them.")

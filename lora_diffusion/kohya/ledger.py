@@ -74,7 +74,7 @@ class Ledger:
             return None
         try:
             number = float(cast("str", value)) if not isinstance(value, bool) else math.nan
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number):
             self.wrong(name, "a number")
@@ -95,10 +95,13 @@ class Ledger:
         items = cast("list[object]", value) if isinstance(value, list) else _split(str(value)) if value else []
         items = [value] if isinstance(value, (int, float)) else items
         try:
-            return [float(cast("str", item)) for item in items]
-        except (TypeError, ValueError):
+            numbers = [float(cast("str", item)) for item in items]
+        except (TypeError, ValueError, OverflowError):
+            numbers = [math.nan]
+        if not all(math.isfinite(number) for number in numbers):
             self.wrong(name, "numbers")
             return []
+        return numbers
 
     def wrong(self, name: str, expected: str) -> None:
         """Note a value that is not of its kind."""
@@ -195,5 +198,5 @@ def _split(text: str) -> Sequence[str]:
 def _is_one_of(value: object, off: Iterable[object]) -> bool:
     try:
         return any(value == item or float(cast("str", value)) == item for item in off)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return value in off

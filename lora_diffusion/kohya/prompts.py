@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
-from lora_diffusion.config_errors import Tree
+from lora_diffusion.config_errors import Tree, printable
 from lora_diffusion.kohya.keys import spoken
 from lora_diffusion.kohya.ledger import Ledger
 from lora_diffusion.kohya.length import Length
@@ -41,15 +41,21 @@ FLAGS = {
 }
 """Keys of prompts in TOML and JSON → their options in a line of text."""
 
+_WHOLE = r"\d{1,20}"  # as many digits as a seed may have
 _OF_OTHER_MODELS = ("g", "ctr", "rcfg", "fs")
 
 
 def translate_previews(ledger: Ledger, length: Length) -> None:
     """Fill [preview] if there are prompts."""
-    lines = _prompts(ledger)
+    found = _prompts(ledger)
+    lines = [line for line in found if line.get("prompt", "").strip()]
+    if found and not lines:
+        ledger.refuse("sample_prompts", "none of its entries has a text: write `preview.prompts`")
     if not lines:
         return
-    ledger.put("preview.prompts", [line["prompt"] for line in lines if line["prompt"].strip()], "sample_prompts")
+    if without := len(found) - len(lines):
+        ledger.differ(f"previews: of {len(found)} entries of `sample_prompts`, {without} without a text are left out")
+    ledger.put("preview.prompts", [line["prompt"] for line in lines], "sample_prompts")
     every = length.interval("sample_every_n_steps", "sample_every_n_epochs")
     if every.steps is not None:
         ledger.put("preview.every", every.steps, *every.names, note=every.note)
@@ -60,10 +66,9 @@ def translate_previews(ledger: Ledger, length: Length) -> None:
     ledger.put("preview.cfg", max(1.0, float(_same(ledger, lines, "l", "7.5"))), note="7.5 if not given")
     if negative := _same(ledger, lines, "n", ""):
         ledger.put("preview.negative", negative, note="--n")
-    seeds = [line["d"] for line in lines if "d" in line]
-    if seeds:
-        ledger.put("preview.seed", int(seeds[0]), note="--d")
-        if [int(seed) for seed in seeds] != list(range(int(seeds[0]), int(seeds[0]) + len(lines))):
+    if seeds := list(_seeds(ledger, lines)):
+        ledger.put("preview.seed", seeds[0], note="--d")
+        if seeds != list(range(seeds[0], seeds[0] + len(lines))):
             ledger.differ("seeds of previews: that of the first prompt is used; those of the others count up")
     name = _same(ledger, lines, "ss", ledger.text("sample_sampler") or "ddim")
     is_given = ledger.is_on("sample_sampler")
@@ -90,7 +95,9 @@ def _prompts(ledger: Ledger) -> list[dict[str, str]]:
     try:
         content = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":
-            items = cast("Sequence[object]", json.loads(content))
+            items = cast("list[object]", json.loads(content))
+            if not isinstance(items, list):
+                raise TypeError
         elif path.suffix == ".toml":
             shared = cast("Tree", tomllib.loads(content)["prompt"])
             subsets = cast("list[Tree]", shared.pop("subset"))
@@ -98,7 +105,7 @@ def _prompts(ledger: Ledger) -> list[dict[str, str]]:
         else:
             items = list(_lines(content))
         return [_parsed(item) if isinstance(item, str) else _from_table(cast("Tree", item)) for item in items]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         ledger.refuse("sample_prompts", "the file cannot be read: write `preview.prompts`, or import again where it is")
         return []
 
@@ -122,7 +129,15 @@ def _parsed(line: str) -> dict[str, str]:
 
 
 def _from_table(table: Tree) -> dict[str, str]:
-    return {FLAGS.get(key, key): str(value) for key, value in table.items() if key != "enum"}
+    return {FLAGS.get(key, key): str(value) for key, value in table.items() if key != "enum" and value is not None}
+
+
+def _seeds(ledger: Ledger, lines: list[dict[str, str]]) -> Iterator[int]:
+    for value in [line["d"] for line in lines if "d" in line]:
+        if re.fullmatch(_WHOLE, value):
+            yield int(value)
+        else:
+            ledger.differ(f"previews: `--d {printable(value)}` is no whole number; it is left out")
 
 
 def _same(ledger: Ledger, lines: list[dict[str, str]], flag: str, default: str) -> str:
@@ -130,8 +145,8 @@ def _same(ledger: Ledger, lines: list[dict[str, str]], flag: str, default: str) 
     values = [line.get(flag, default) for line in lines]
     if flag not in ("n", "ss"):
         for value in values:
-            if not re.fullmatch(r"\d+(\.\d*)?" if flag == "l" else r"\d+", value):
-                ledger.differ(f"previews: `--{flag} {value}` is no number; {default} is used")
+            if not re.fullmatch(rf"{_WHOLE}(\.\d*)?" if flag == "l" else _WHOLE, value):
+                ledger.differ(f"previews: `--{flag} {printable(value)}` is no number; {default} is used")
                 return default
     if len(set(values)) > 1:
         ledger.differ(f"previews: `--{flag}` differs from prompt to prompt; {values[0]!r} is used for all")

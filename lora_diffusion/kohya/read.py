@@ -122,8 +122,7 @@ def _add_gui(source: Source, data: Tree) -> None:
     typed = fields.pop("additional_parameters", None)
     for name in ARGUMENT_LISTS:
         text = fields.pop(name, None)
-        for word in _words(source.path, name, text) if isinstance(text, str) else cast("list[object]", text or []):
-            _add(source, name, [word])
+        _add(source, name, _words(source.path, name, text) if isinstance(text, str) else text)
         if name in data:
             source.without_effect[name] = "its settings are read one by one" if text else ""
     translated = as_scripts(fields)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -29,6 +30,15 @@ from lora_diffusion.serving.schemas import ImageOrder, SheetOrder, check_limits
 from lora_diffusion.serving.worker import Worker
 
 _RETRY_AFTER_S = 5
+
+
+class _Json(JSONResponse):
+    """Whatever texts of files and requests hold: half of a surrogate pair becomes a `?`."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode(
+            "utf-8", "replace"
+        )
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,9 @@ def create_app(
             on_end()
             service.worker.stop()
 
-    app = FastAPI(title="lora-diffusion", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="lora-diffusion", lifespan=lifespan, default_response_class=_Json, docs_url=None, redoc_url=None
+    )
     app.add_middleware(Guard, hosts=tuple(hosts), token=token)
     _add_error_handlers(app)
     _add_order_routes(app, service)
@@ -81,29 +93,37 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(UserError)
     def wrong(_: HttpRequest, error: UserError) -> JSONResponse:
-        return JSONResponse({"error": str(error)}, 400)
+        return _Json({"error": str(error)}, 400)
 
     @app.exception_handler(RequestValidationError)
-    def invalid(_: HttpRequest, error: RequestValidationError) -> JSONResponse:
+    def invalid(request: HttpRequest, error: RequestValidationError) -> JSONResponse:
         problems = [f"{'.'.join(str(step) for step in e['loc'][1:]) or 'body'}: {e['msg']}" for e in error.errors()]
-        return JSONResponse({"error": "; ".join(problems)[:2000]}, 422)
+        if "json" not in request.headers.get("content-type", "").lower():
+            problems.insert(0, "an order is JSON: send it with the header `Content-Type: application/json`")
+        return _Json({"error": "; ".join(problems)[:2000]}, 422)
 
     @app.exception_handler(StarletteHTTPException)
     def refused(_: HttpRequest, error: StarletteHTTPException) -> JSONResponse:
-        return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+        return _Json({"error": error.detail}, error.status_code, error.headers)
 
     @app.exception_handler(UnknownOrder)
     def unknown(_: HttpRequest, _error: UnknownOrder) -> JSONResponse:
-        return JSONResponse({"error": "There is no such order."}, 404)
+        return _Json({"error": "There is no such order."}, 404)
 
     @app.exception_handler(DroppedOrder)
     def dropped(_: HttpRequest, _error: DroppedOrder) -> JSONResponse:
-        return JSONResponse({"error": "The pictures were dropped to make room for newer ones. Draw them again."}, 410)
+        return _Json({"error": "The pictures were dropped to make room for newer ones. Draw them again."}, 410)
 
     @app.exception_handler(QueueFull)
     def full(_: HttpRequest, _error: QueueFull) -> JSONResponse:
         message = f"The engine is busy and its queue is full. Try again in {_RETRY_AFTER_S} seconds."
-        return JSONResponse({"error": message}, 429, {"Retry-After": str(_RETRY_AFTER_S)})
+        return _Json({"error": message}, 429, {"Retry-After": str(_RETRY_AFTER_S)})
+
+    @app.exception_handler(Exception)
+    def failed(_: HttpRequest, error: Exception) -> JSONResponse:
+        """Starlette raises the error again after the answer, so that the server logs it."""
+        message = f"The engine made a mistake ({type(error).__name__}). Its log has the details."
+        return _Json({"error": message}, 500)
 
 
 def _add_order_routes(app: FastAPI, service: Service) -> None:

@@ -12,6 +12,7 @@ from lora_diffusion.errors import UserError
 from lora_diffusion.formats.layout import layout_of
 from lora_diffusion.formats.metadata import frequent_tags
 from lora_diffusion.generation.library import HASH_KEY
+from lora_diffusion.generation.request import check_file_name, without_halves
 
 _NUM_TAGS = 8
 
@@ -28,13 +29,15 @@ class Catalogue:
 
     def _entry(self, name: str, path: Path) -> dict[str, Any]:
         try:
+            check_file_name(path)
             status = path.stat()
             key = (path, status.st_size, status.st_mtime_ns)
             if key not in self._read:
                 self._read[key] = _describe(path)
             return {"name": name, "file": path.name, "bytes": status.st_size} | self._read[key]
         except (UserError, OSError) as error:
-            return {"name": name, "file": path.name, "error": str(error).replace(f"{path.parent}", "").lstrip("/\\")}
+            reason = without_halves(str(error)).replace(without_halves(str(path.parent)), "").lstrip("/\\")
+            return {"name": name, "file": without_halves(path.name), "error": reason}
 
 
 def _describe(path: Path) -> dict[str, Any]:
@@ -46,8 +49,8 @@ def _describe(path: Path) -> dict[str, Any]:
         "family": layout.family,
         "kind": Counter(geometry.name for geometry in geometries).most_common(1)[0][0],
         "rank": ranks.most_common(1)[0][0],
-        "triggers": trigger_words(header.metadata),
-        "hash": header.metadata.get(HASH_KEY, ""),
+        "triggers": [without_halves(word) for word in trigger_words(header.metadata)],
+        "hash": without_halves(header.metadata.get(HASH_KEY, "")),
     }
 
 

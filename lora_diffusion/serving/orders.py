@@ -177,19 +177,18 @@ class OrderBook:
         The order that has waited longest decides what kind of batch it is; then it goes to the end of the line, so that
         a long order does not hold up short ones.
         """
+        self._find_keys(key_of)
         with self._changed:
-            if not self._waiting:
+            ready = [order for order in self._waiting if order.keys]  # one that came meanwhile waits for the next batch
+            if not ready:
                 return []
-            for order in self._waiting:
-                if not order.keys:
-                    order.keys = [key_of(request) for request in order.requests]
-            head = self._waiting[0]
+            head = ready[0]
             key = head.keys[head.pending[0]]
             units: list[Unit] = []
             found = True
             while found and len(units) < size:
                 found = False
-                for order in self._waiting:
+                for order in ready:
                     index = next((i for i in order.pending if order.keys[i] == key), None)
                     if index is not None and len(units) < size:
                         order.pending.remove(index)
@@ -201,6 +200,13 @@ class OrderBook:
             self._waiting.rotate(-1)
             self._waiting = deque(order for order in self._waiting if order.pending)
             return units
+
+    def _find_keys(self, key_of: Callable[[Request], Key]) -> None:
+        """Outside the lock: long texts take their time, in which clients are answered."""
+        with self._changed:
+            new = [order for order in self._waiting if not order.keys]
+        for order in new:
+            order.keys = [key_of(request) for request in order.requests]
 
     def finish(self, unit: Unit, png: bytes) -> bool:
         """Store a picture; whether it was the order's last. Nothing happens if the order was cancelled meanwhile."""

@@ -50,9 +50,10 @@ def serve(
 
     adapters: folders. port: 0 for any free one. memory_mb: for adapters' weights. workspace: where the device's lock
     and engine.json are. end_when_idle_s: also end after so long without work, and as soon as another process has the
-    device and nothing is left to draw. Raises UserError for a host that others can reach without a token, a folder that
-    is none, a base that cannot be used, or a port that is taken.
+    device and nothing is left to draw. Raises UserError for a host that others can reach without a token, a token
+    that cannot be sent, a folder that is none, a base that cannot be used, or a port that is taken.
     """
+    check_token(token)
     check_exposure(host, token, is_open)
     for folder in adapters:
         if not folder.is_dir():
@@ -114,6 +115,15 @@ def check_exposure(host: str, token: str | None, is_open: bool) -> None:
         raise UserError(
             f"--host {host}: everyone in the network could draw with this engine and see its pictures. Add --token "
             "TOKEN, which clients then must send, or --open to allow everyone."
+        )
+
+
+def check_token(token: str | None) -> None:
+    """Raises UserError for a token that clients cannot send, or each in another way."""
+    if token is not None and not (token.isascii() and token.isprintable() and token and token == token.strip()):
+        raise UserError(
+            "--token: clients could not send this one, or would each encode it in another way. Use the letters a to z, "
+            "digits and signs of ASCII, without spaces around them."
         )
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from fastapi.exceptions import RequestValidationError
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
-from lora_diffusion.generation.request import Request
+from lora_diffusion.generation.request import Request, without_halves
 from lora_diffusion.generation.sheet import Axis, Sheet
 
 MAX_COUNT = 64
@@ -23,7 +23,9 @@ _RANDOM_SEEDS = 2**32  # short enough to be typed, as other programs draw them
 
 
 def _check_prompt(text: str) -> str:
-    size = len(text.encode("utf-8", "replace"))
+    if text != without_halves(text):
+        raise ValueError("it holds half of a surrogate pair, which is no character; send it as UTF-8")
+    size = len(text.encode("utf-8"))
     if size > MAX_PROMPT_BYTES:
         raise ValueError(f"it has {size} bytes; at most {MAX_PROMPT_BYTES} are read")
     return text

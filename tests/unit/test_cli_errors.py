@@ -98,6 +98,7 @@ def test_where_pictures_go_is_checked_before_a_base_is_loaded(tmp_path: Path) ->
         ((*generate, file / "deep" / "er"), "taken.png is a file, not a folder"),
         ((*grid, file / "sheet.png"), "taken.png is a file, not a folder"),
         ((*grid, tmp_path / "folder.png"), "this is a folder. Choose another name."),
+        ((*grid, file), "taken.png: there is something of this name already. Choose another name, or add --overwrite."),
     ):
         result = run(*arguments)
         assert (result.exit_code, "no-base" in result.stderr) == (2, False)

@@ -167,6 +167,15 @@ def test_strength_0_is_the_base_bit_for_bit(engine: Engine) -> None:
     assert difference(base, draw_one(engine, INK)) > 10
 
 
+def test_the_tokens_of_a_text_are_counted_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[str] = []
+    count = engine.model.count_tokens
+    monkeypatch.setattr(engine.model, "count_tokens", lambda text: counted.append(text) or count(text))
+    keys = {engine.batch_key(Request("a (cat:1.2)", "blurry", seed=seed, cfg=5.0)) for seed in range(9)}
+    assert len(keys) == 1
+    assert sorted(counted) == ["a  cat", "blurry"]
+
+
 def test_half_the_strength_lies_between(engine: Engine) -> None:
     base, half, full = draw(engine, REQUEST, replace(REQUEST, adapters={"ink": 0.5}), INK)
     whole = np.abs(full - base).mean()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -102,6 +103,23 @@ def test_a_killed_write_leaves_the_old_file(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-B", "-c", code, str(path)], check=False)
     assert result.returncode == -9
     assert path.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("has_links", [True, False], ids=["hard links", "none"])
+def test_a_new_file_takes_no_name_that_is_taken(
+    has_links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "a"
+    write_bytes_atomically(path, b"first", is_new=True)
+    with pytest.raises(FileExistsError):
+        write_bytes_atomically(path, b"second", is_new=True)
+    assert path.read_bytes() == b"first"
+    assert os.listdir(tmp_path) == ["a"]
 
 
 def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:

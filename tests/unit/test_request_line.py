@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,6 +66,22 @@ def test_pictures_carry_what_made_them_and_never_replace_earlier_ones(tmp_path: 
     assert len(read.hashes["ink-v1.2"]) == 12
     with Image.open(first[1]) as a, Image.open(second[0]) as b:
         assert a.tobytes() == b.tobytes()
+
+
+def test_a_picture_that_another_process_draws_into_the_folder_meanwhile_is_kept(tmp_path: Path) -> None:
+    base = make_tiny_sd1(tmp_path / "base")
+    out = tmp_path / "out"
+
+    def another(steps: Any, title: str = "", **_: Any) -> Iterator[Any]:
+        for step in steps:
+            if title == "drawing":
+                (out / "00000-3.png").write_bytes(b"another")
+            yield step
+
+    paths = write_pictures(str(base), [], [REQUEST, REQUEST], out, track=another)
+    assert [path.name for path in paths] == ["00001-3.png", "00002-3.png"]
+    assert (out / "00000-3.png").read_bytes() == b"another"
+    assert len(list(out.iterdir())) == 3
 
 
 def test_nothing_is_drawn_when_one_request_is_wrong(tmp_path: Path) -> None:

@@ -138,3 +138,22 @@ def test_the_command_writes_a_sheet_that_says_how_it_was_drawn(tiny_sd1: Path, t
     with Image.open(out) as image:
         assert 'Script: X/Y/Z plot, X Type: strength, X Values: "0, 1", Y Type: checkpoint' in image.text["parameters"]
         assert image.width > 2 * 192
+
+    out.write_bytes(b"old")
+    command = [
+        "grid",
+        "--base",
+        str(tiny_sd1),
+        "--prompt",
+        "a cat",
+        "--x",
+        "seed=1,2",
+        "--size",
+        "32x32",
+        "--steps",
+        "1",
+    ]
+    assert CliRunner().invoke(app, [*command, "--out", str(out)]).exit_code == 2
+    assert out.read_bytes() == b"old"
+    assert CliRunner().invoke(app, [*command, "--out", str(out), "--overwrite"]).exit_code == 0
+    assert read_png(out).request.seed == 0
