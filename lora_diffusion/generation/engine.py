@@ -55,7 +55,7 @@ class Engine:
         """batch_size: pictures that go through the UNet together at most; bounds the memory used."""
         self.model = model
         self.batch_size = batch_size
-        self._num_tokens = lru_cache(256)(self._count_tokens)  # pictures of one order have their texts in common
+        self._num_tokens = lru_cache(256)(partial(_count_tokens, model))  # pictures of one order have texts in common
         self._loaded = LoadedAdapters(model)
         self._lock = threading.Lock()  # the model's adapters belong to one drawing at a time
         self._home: torch.device | None = None  # where the model belongs, while it makes way
@@ -182,9 +182,6 @@ class Engine:
         longest = max(self._num_tokens(text) for text in texts)
         return max(1, -(-longest // self.model.max_tokens))
 
-    def _count_tokens(self, text: str) -> int:
-        return self.model.count_tokens(plain_text(parse_emphasis(text)))
-
     def _encode(self, batch: _Batch) -> Conditioning:
         """All negative prompts, then all prompts; without guidance the prompts only.
 
@@ -299,6 +296,10 @@ def _evaluation_mode(model: nn.Module) -> Generator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def _count_tokens(model: DiffusionModel, text: str) -> int:
+    return model.count_tokens(plain_text(parse_emphasis(text)))
 
 
 def _check_numbers(request: Request, num_steps: int) -> None:

@@ -34,7 +34,10 @@ _OTHER_NOISE_MARKERS = ("edm_vpred.sigma_max", "edm_mean", "edm_std")
 SD2_PROBE = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 SD2_V_SPREAD = 0.09  # the standard deviation above which ComfyUI takes a model for the 768-v one
 
-_PREDICTIONS: dict[str, Prediction] = {"v": "v", "v_prediction": "v", "epsilon": "epsilon"}
+_PREDICTIONS: dict[str, Prediction] = {
+    **{"v": "v", "v_prediction": "v", "v-prediction": "v", "vpred": "v"},
+    **{"epsilon": "epsilon", "eps": "epsilon"},
+}
 _UNUSED = re.compile(
     rf"model_ema\.|denoiser\.|loss\.|first_stage_model\.loss\.|({V_MARKER}|{ZERO_SNR_MARKER})$"
     r"|(betas|alphas_cumprod\w*|sqrt_\w+|log_one_minus_\w+|posterior_\w+|logvar|lvlb_weights)$"
