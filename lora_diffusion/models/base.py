@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,9 @@ from lora_diffusion.models.schedules import schedule_of
 from lora_diffusion.models.vae import CheckedVAE
 
 __all__ = ["Conditioning", "DiffusionModel", "ModelError", "Part", "size_numbers", "weights_id"]
+
+
+_RELOADS = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -205,12 +209,13 @@ class DiffusionModel(nn.Module, ABC):
         trim_heap()
 
     def need(self, *parts: str) -> None:
-        """Load again what `release` freed of these parts."""
-        for part in self._released.intersection(parts):
-            fresh = dict(self.reloads[part]().named_parameters())
-            for name, parameter in self.get_submodule(part).named_parameters():
-                parameter.data = fresh[name].data.to(parameter.device)
-            self._released.remove(part)
+        """Load again what `release` freed of these parts. Threads that make batches and draw may need them at once."""
+        with _RELOADS:
+            for part in self._released.intersection(parts):
+                fresh = dict(self.reloads[part]().named_parameters())
+                for name, parameter in self.get_submodule(part).named_parameters():
+                    parameter.data = fresh[name].data.to(parameter.device)
+                self._released.remove(part)
 
     @torch.no_grad()
     def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -63,6 +65,25 @@ def test_pictures_can_be_decoded_and_ids_computed_while_a_part_is_released(tmp_p
     assert model.vae_id == expected_id
     model.release(["vae"])
     assert torch.equal(model.decode_latents(latents), expected)
+
+
+def test_threads_that_need_a_part_at_once_have_it_once(tmp_path: Path) -> None:
+    """As the one that makes batches, whose cached latents are damaged, and the one that draws."""
+    model = loaded(tmp_path, "sd1")
+    model.release(["vae"])
+    reload, calls = model.reloads["vae"], 0
+
+    def slowly() -> torch.nn.Module:
+        nonlocal calls
+        calls += 1
+        time.sleep(0.2)
+        return reload()
+
+    model.reloads = {**model.reloads, "vae": slowly}
+    with ThreadPoolExecutor(2) as pool:
+        for need in [pool.submit(model.need, "vae") for _ in range(2)]:
+            need.result()
+    assert calls == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
