@@ -98,7 +98,7 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     def invalid(request: HttpRequest, error: RequestValidationError) -> JSONResponse:
         problems = [f"{'.'.join(str(step) for step in e['loc'][1:]) or 'body'}: {e['msg']}" for e in error.errors()]
-        if "json" not in request.headers.get("content-type", "").lower():
+        if request.method == "POST" and "json" not in request.headers.get("content-type", "").lower():
             problems.insert(0, "an order is JSON: send it with the header `Content-Type: application/json`")
         return _Json({"error": "; ".join(problems)[:2000]}, 422)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from lora_diffusion.errors import RunError
-from lora_diffusion.models.libraries import UNet2DConditionModel
 from lora_diffusion.runs import RunFolder
 from lora_diffusion.training.checkpoint import checkpoint_folders
 from lora_diffusion.training.plan import Launch
 from lora_diffusion.training.tracking import read_metrics
 from lora_diffusion.training.trainer import Trainer
 from lora_diffusion.training.validation import Validator
+from tests.clock import count_passes
 from tests.sweeps import make_config, members_of, train_together
 from tests.training_runs import draw_pictures, prepare, write_config
 
@@ -164,17 +163,7 @@ def test_it_gives_signs_of_life(tiny_sd1: Path, tmp_path: Path, monkeypatch: pyt
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second passes in each pass of a step, and an hour in each pass without gradients."""
-    now = 0.0
-    forward = UNet2DConditionModel.forward
-
-    def timed(*arguments: Any, **options: Any) -> Any:
-        nonlocal now
-        now += 1.0 if torch.is_grad_enabled() else 3600.0
-        return forward(*arguments, **options)
-
-    monkeypatch.setattr(UNet2DConditionModel, "forward", timed)
-    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    count_passes(monkeypatch, without_gradients_s=3600.0)
 
 
 @both_launches

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,13 +16,13 @@ from lora_diffusion.config import TrainConfig
 from lora_diffusion.errors import UserError
 from lora_diffusion.models.checkpointing import checkpoint_blocks
 from lora_diffusion.models.heap import trim_heap
-from lora_diffusion.models.libraries import UNet2DConditionModel
 from lora_diffusion.models.load import load_model
 from lora_diffusion.streams import stream
 from lora_diffusion.training.estimate import _Probe, estimate_step
 from lora_diffusion.training.graph import Inputs, Shape, shape_of
 from lora_diffusion.training.memory import PeakMemory, resident_bytes
 from lora_diffusion.training.recording import NUM_WARM_UPS, StepRecordings
+from tests.clock import count_passes
 from tests.tiny import make_tiny_sd1, make_tiny_sdxl
 from tests.training_runs import draw_pictures, prepare, write_config
 
@@ -116,16 +115,7 @@ def test_time_told_is_of_the_launched_step_times_the_micro_batches(tiny_sd1: Pat
 def test_time_of_the_run_is_that_of_its_validations_too(
     tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, num_validations: int
 ) -> None:
-    """By a clock that goes on by one second in each pass of a step, by ten in each without gradients."""
-    now, forward = 0.0, UNet2DConditionModel.forward
-
-    def timed(*arguments: Any, **options: Any) -> Any:
-        nonlocal now
-        now += 1.0 if torch.is_grad_enabled() else 10.0
-        return forward(*arguments, **options)
-
-    monkeypatch.setattr(UNet2DConditionModel, "forward", timed)
-    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    count_passes(monkeypatch, without_gradients_s=10.0)
     config = write_config(
         tmp_path / "run.toml",
         tiny_sd1,
